@@ -1,0 +1,1 @@
+"""Flower clients and coordinator. Empty until federation is built."""

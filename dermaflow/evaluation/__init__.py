@@ -1,0 +1,1 @@
+"""Metrics with intervals, plots, the model card and the report."""

@@ -1,0 +1,1 @@
+"""Recipes, backbones, losses and the training loop; only `cluster` knows Ray."""

@@ -1,0 +1,103 @@
+"""What a trained model is on disk: ``weights.safetensors``, ``bundle.json`` (this schema), ``card.md``.
+
+`Calibration` is fitted on the ``calibration`` split only and turns logits into findings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from dermaflow.taxonomy import CODES
+
+WEIGHTS_NAME = "weights.safetensors"
+OOD_NAME = "ood.safetensors"
+BUNDLE_NAME = "bundle.json"
+CARD_NAME = "card.md"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class InputSpec(_Strict):
+    """How an image becomes the network's input."""
+
+    height: int
+    width: int
+    mean: tuple[float, float, float]  # of RGB in [0, 1]
+    std: tuple[float, float, float]
+
+
+class OperatingPoint(_Strict):
+    """A way to turn calibrated probabilities into one diagnosis.
+
+    The score of class k is ``log p_k - tau * log prior_k``; the largest wins, unless ``p_mel >= mel_threshold``, then
+    melanoma does.
+    """
+
+    name: Literal["accuracy", "balanced", "melanoma_safe"]
+    tau: float
+    mel_threshold: float | None = None
+
+
+class OodSpec(_Strict):
+    """kNN distance to calibration features; the features lie in ``ood.safetensors`` (float16, L2-normalised)."""
+
+    method: Literal["knn"] = "knn"
+    k: int
+    threshold: float  # 95 % quantile of the leave-one-out distance on the calibration split
+    features_sha256: str
+
+
+class Calibration(_Strict):
+    """Everything fitted after training, on the calibration split.
+
+    Source of the methods: temperature, Guo et al. 2017; class-conditional conformal sets, Vovk 2012 (Mondrian), with
+    the LAC score 1 - p of the true class.
+    """
+
+    temperature: float
+    priors: list[float]  # class frequencies of the calibration split, in the order of the classes, sum 1
+    conformal_alpha: float
+    conformal_quantiles: list[float]  # class k is in the set if 1 - p_k <= quantile_k; 1.0 where too few lesions
+    mel_threshold: float  # largest p_mel threshold with 95 % sensitivity on the calibration split
+    operating_points: list[OperatingPoint]
+    ood: OodSpec | None
+    images: int
+    lesions: int
+
+
+class TrainingRecord(_Strict):
+    """Where the weights come from."""
+
+    recipe_name: str
+    recipe: dict[str, Any]  # the whole recipe, as given
+    recipe_hash: str
+    seed: int
+    data_hash: str
+    started: str  # ISO 8601, UTC
+    seconds: float
+    epochs: int
+    device: str
+    workers: int
+    history: list[dict[str, float]]  # one entry an epoch: epoch, loss, lr, seconds, and on evaluation epochs val_*
+    initial_weights: str | None  # file name or "torchvision" or None
+    versions: dict[str, str]
+
+
+class Bundle(_Strict):
+    """The content of ``bundle.json``."""
+
+    format: Literal["dermaflow-bundle/1"] = "dermaflow-bundle/1"
+    name: str
+    backbone: str
+    classes: tuple[str, ...] = CODES
+    input: InputSpec
+    dropout: float
+    weights_sha256: str
+    train_priors: list[float]  # class frequencies of the training split before balancing, sum 1
+    training: TrainingRecord
+    calibration: Calibration | None = None
+    metrics: dict[str, float] | None = None  # headline figures on the test split, once evaluated

@@ -1,0 +1,34 @@
+"""Settings that belong to the machine, not to a run: ``DERMAFLOW_*`` environment variables."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read from the environment; a run's own choices stand in its recipe instead."""
+
+    model_config = SettingsConfigDict(env_prefix="DERMAFLOW_", extra="ignore")
+
+    data: Path | None = Field(None, description="Folder of the real HAM10000, where a command gets no --data.")
+    registry: str = Field("runs/registry", description="Model registry: a folder or s3://bucket/prefix.")
+    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="CPU threads a process may use.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+
+
+@lru_cache
+def settings() -> Settings:
+    """The settings of this process, read once."""
+    return Settings()
+
+
+def start_logging() -> None:
+    """Send log lines to stderr with a time; called once by commands and workers."""
+    logging.basicConfig(level=settings().log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")

@@ -1,0 +1,166 @@
+"""Local paths and ``s3://`` addresses through one door (pyarrow.fs).
+
+Credentials and endpoint of ``s3://`` come from the standard chain (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...).
+Nothing half-written is ever read as whole: a local file is written beside its place and renamed, an object store shows
+an object only when its upload is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pyarrow import fs as pafs
+
+from dermaflow.errors import StorageError
+
+
+def is_remote(uri: str | Path) -> bool:
+    """Whether the address names an object store rather than a local path."""
+    return "://" in str(uri)
+
+
+def locate(uri: str | Path) -> tuple[pafs.FileSystem, str]:
+    """The file system of an address and the path within it.
+
+    Raises:
+        StorageError: The scheme is not known.
+    """
+    text = str(uri)
+    if not is_remote(text):
+        return pafs.LocalFileSystem(), str(Path(text).absolute())
+    try:
+        return pafs.FileSystem.from_uri(text)
+    except (OSError, ValueError) as error:
+        raise StorageError(str(error), where=text, expected="a local path or s3://bucket/prefix") from error
+
+
+def join(uri: str | Path, *parts: str) -> str:
+    """Append path parts to an address."""
+    return "/".join([str(uri).rstrip("/"), *parts])
+
+
+def exists(uri: str | Path) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, path = locate(uri)
+    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def list_folder(uri: str | Path) -> list[str]:
+    """Names directly in a folder, sorted; empty if the folder is not there."""
+    filesystem, path = locate(uri)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in infos)
+
+
+def read_bytes(uri: str | Path) -> bytes:
+    """The whole content of a file.
+
+    Raises:
+        StorageError: The file is not there or cannot be read.
+    """
+    filesystem, path = locate(uri)
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read()
+    except OSError as error:
+        raise StorageError(str(error), where=uri, expected="a readable file") from error
+
+
+@contextlib.contextmanager
+def open_atomic(uri: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears at its place only when the block ends without an error.
+
+    Raises:
+        StorageError: The disk is full or the place cannot be written. Nothing is left behind.
+    """
+    filesystem, path = locate(uri)
+    if is_remote(uri):  # closing an upload completes it, so nothing is sent before the content is whole
+        with tempfile.SpooledTemporaryFile(max_size=64 << 20) as whole:
+            yield whole  # type: ignore[misc]
+            whole.seek(0)
+            try:
+                with filesystem.open_output_stream(path) as stream:
+                    shutil.copyfileobj(whole, stream, 8 << 20)
+            except OSError as error:
+                raise StorageError(str(error), where=uri, expected="a writable address") from error
+        return
+    partial = Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"could not write: {error.strerror or error}", where=path, expected="a writable disk with free space",
+            todo="free space or choose another folder, then run the same command again",
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(uri: str | Path, content: bytes) -> None:
+    """Write a whole file atomically."""
+    with open_atomic(uri) as stream:
+        stream.write(content)
+
+
+def delete(uri: str | Path) -> None:
+    """Remove a file or a folder with its content, if it is there."""
+    filesystem, path = locate(uri)
+    kind = filesystem.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        filesystem.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        filesystem.delete_file(path)
+
+
+def copy_folder(source: str | Path, target: str | Path) -> None:
+    """Copy every file of a folder, across file systems, including sub-folders."""
+    source_fs, source_path = locate(source)
+    target_fs, target_path = locate(target)
+    target_fs.create_dir(target_path, recursive=True)
+    pafs.copy_files(source_path, target_path, source_filesystem=source_fs, destination_filesystem=target_fs)
+
+
+@contextlib.contextmanager
+def folder_atomic(path: Path) -> Iterator[Path]:
+    """A new local folder that appears at `path` only when the block ends without an error; replaces what was there."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sha256(content: bytes) -> str:
+    """Hex SHA-256 of some bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(uri: str | Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    filesystem, path = locate(uri)
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path) as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Prefect flows: order, retries, caching, artifacts. No maths."""

@@ -1,0 +1,1 @@
+"""Ray Serve deployments. Empty until serving is built."""
