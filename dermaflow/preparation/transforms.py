@@ -1,0 +1,66 @@
+"""From a shard's bytes to the network's input. Training, evaluation, scoring and serving all come through here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from dermaflow.datasets.images import decode
+from dermaflow.schemas.bundle import InputSpec
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""RGB statistics that torchvision's weights were trained with."""
+
+
+def pixels(data: bytes, height: int, width: int) -> np.ndarray:
+    """Decode an image and bring it to size: scaled to cover, centre cropped, never distorted.
+
+    Args:
+        data: Encoded image.
+        height: Height in pixels.
+        width: Width in pixels.
+
+    Returns:
+        uint8 array [height, width, 3], RGB.
+
+    Raises:
+        ImageProblem: The bytes are no readable image.
+    """
+    image = decode(data, height, width)
+    found_height, found_width = image.shape[:2]
+    scale = max(height / found_height, width / found_width)
+    size = (max(height, round(found_height * scale)), max(width, round(found_width * scale)))
+    if size != (found_height, found_width):
+        planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+        planes = interpolate(planes, size=size, mode="bilinear", antialias=True)
+        image = planes[0].permute(1, 2, 0).numpy()
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return np.ascontiguousarray(image[top : top + height, left : left + width])
+
+
+def pixel_batch(images: Sequence[bytes], height: int, width: int) -> np.ndarray:
+    """`pixels` of several images: uint8 array [N, height, width, 3]."""
+    batch = np.empty((len(images), height, width, 3), np.uint8)
+    for place, data in zip(batch, images, strict=True):
+        place[:] = pixels(data, height, width)
+    return batch
+
+
+def normalise(batch: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """Pixels to the network's input.
+
+    Args:
+        batch: uint8 tensor [N, H, W, 3].
+        spec: Mean and standard deviation of RGB in [0, 1].
+
+    Returns:
+        float32 tensor [N, 3, H, W] in channels_last memory format.
+    """
+    planes = batch.permute(0, 3, 1, 2).float()
+    mean = torch.tensor(spec.mean, device=batch.device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(spec.std, device=batch.device).view(1, 3, 1, 1) * 255
+    return planes.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
