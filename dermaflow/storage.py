@@ -47,17 +47,53 @@ def join(uri: str | Path, *parts: str) -> str:
     return "/".join([str(uri).rstrip("/"), *parts])
 
 
+@contextlib.contextmanager
+def _readable(uri: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(str(error), where=uri, expected="a readable file or folder") from error
+
+
 def exists(uri: str | Path) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder is there.
+
+    Raises:
+        StorageError: The store cannot be reached.
+    """
+    return info(uri).type != pafs.FileType.NotFound
+
+
+def info(uri: str | Path) -> pafs.FileInfo:
+    """Type, size in bytes and time of the last change of a file or folder; type ``NotFound`` if it is not there.
+
+    Raises:
+        StorageError: The store cannot be reached.
+    """
     filesystem, path = locate(uri)
-    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+    with _readable(uri):
+        return filesystem.get_file_info(path)
+
+
+def file_size(uri: str | Path) -> int:
+    """Size of a file in bytes; raises StorageError when it is not there."""
+    filesystem, path = locate(uri)
+    info = filesystem.get_file_info(path)
+    if info.type != pafs.FileType.File:
+        raise StorageError("no such file", where=uri)
+    return int(info.size)
 
 
 def list_folder(uri: str | Path) -> list[str]:
-    """Names directly in a folder, sorted; empty if the folder is not there."""
+    """Names directly in a folder, sorted; empty if the folder is not there.
+
+    Raises:
+        StorageError: The store cannot be reached, or this is a file.
+    """
     filesystem, path = locate(uri)
-    infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in infos)
+    with _readable(uri):
+        found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return sorted(entry.base_name for entry in found)
 
 
 def read_bytes(uri: str | Path) -> bytes:
@@ -67,11 +103,8 @@ def read_bytes(uri: str | Path) -> bytes:
         StorageError: The file is not there or cannot be read.
     """
     filesystem, path = locate(uri)
-    try:
-        with filesystem.open_input_stream(path) as stream:
-            return stream.read()
-    except OSError as error:
-        raise StorageError(str(error), where=uri, expected="a readable file") from error
+    with _readable(uri), filesystem.open_input_stream(path) as stream:
+        return stream.read()
 
 
 @contextlib.contextmanager
@@ -102,7 +135,9 @@ def open_atomic(uri: str | Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     except OSError as error:
         raise StorageError(
-            f"could not write: {error.strerror or error}", where=path, expected="a writable disk with free space",
+            f"could not write: {error.strerror or error}",
+            where=path,
+            expected="a writable disk with free space",
             todo="free space or choose another folder, then run the same command again",
         ) from error
     finally:
@@ -135,18 +170,33 @@ def copy_folder(source: str | Path, target: str | Path) -> None:
 
 @contextlib.contextmanager
 def folder_atomic(path: Path) -> Iterator[Path]:
-    """A new local folder that appears at `path` only when the block ends without an error; replaces what was there."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
+    """A new local folder that appears at `path` only when the block ends without an error; replaces what was there.
+
+    Raises:
+        StorageError: A file stands at the place, or no folder can be made there.
+    """
+    partial, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("partial", "old"))
+    if path.is_file():
+        raise StorageError(
+            "is a file", where=path, expected="a folder to write or nothing", todo="choose another folder"
+        )
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(
+            f"no folder can be made here: {error.strerror}", where=path, expected="a writable disk"
+        ) from error
     try:
         yield partial
         if path.exists():
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
             path.rename(old)
+        try:
             partial.rename(path)
-            shutil.rmtree(old)
-        else:
-            partial.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -157,10 +207,14 @@ def sha256(content: bytes) -> str:
 
 
 def sha256_file(uri: str | Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """Hex SHA-256 of a file, read in pieces.
+
+    Raises:
+        StorageError: The file is not there or cannot be read.
+    """
     filesystem, path = locate(uri)
     digest = hashlib.sha256()
-    with filesystem.open_input_stream(path) as stream:
+    with _readable(uri), filesystem.open_input_stream(path) as stream:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

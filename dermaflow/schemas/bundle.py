@@ -1,5 +1,8 @@
 """What a trained model is on disk: ``weights.safetensors``, ``bundle.json`` (this schema), ``card.md``.
 
+``bundle.json`` holds the SHA-256 of the other files, and ``bundle.sha256`` that of ``bundle.json``, which identifies
+the model.
+
 `Calibration` is fitted on the ``calibration`` split only and turns logits into findings.
 """
 
@@ -7,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from dermaflow.taxonomy import CODES
 
@@ -15,10 +18,12 @@ WEIGHTS_NAME = "weights.safetensors"
 OOD_NAME = "ood.safetensors"
 BUNDLE_NAME = "bundle.json"
 CARD_NAME = "card.md"
+DIGEST_NAME = "bundle.sha256"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    # JSON has no NaN: a metric that cannot be computed is written as "NaN" and read back as a float
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
 
 
 class InputSpec(_Strict):
@@ -48,21 +53,22 @@ class OodSpec(_Strict):
     method: Literal["knn"] = "knn"
     k: int
     threshold: float  # 95 % quantile of the leave-one-out distance on the calibration split
-    features_sha256: str
+    features_sha256: str = ""  # of ``ood.safetensors``; filled in when the bundle is saved
 
 
 class Calibration(_Strict):
     """Everything fitted after training, on the calibration split.
 
-    Source of the methods: temperature, Guo et al. 2017; class-conditional conformal sets, Vovk 2012 (Mondrian), with
-    the LAC score 1 - p of the true class.
+    Calibrated probabilities are ``softmax(logits / temperature + bias)``. Source of the methods: temperature, Guo et
+    al. 2017; class-conditional conformal sets, Vovk 2012 (Mondrian), with the LAC score 1 - p of the true class.
     """
 
     temperature: float
-    priors: list[float]  # class frequencies of the calibration split, in the order of the classes, sum 1
+    bias: list[float] = Field(default_factory=lambda: [0.0] * len(CODES))  # 0 unless it lowers held-out log loss
+    priors: list[float]  # class frequencies of the calibration split, half an image added to each class, sum 1
     conformal_alpha: float
     conformal_quantiles: list[float]  # class k is in the set if 1 - p_k <= quantile_k; 1.0 where too few lesions
-    mel_threshold: float  # largest p_mel threshold with 95 % sensitivity on the calibration split
+    mel_threshold: float  # p_mel from which melanoma is not missed: 95 % sensitivity with a margin, at most 0.10
     operating_points: list[OperatingPoint]
     ood: OodSpec | None
     images: int
@@ -96,7 +102,8 @@ class Bundle(_Strict):
     classes: tuple[str, ...] = CODES
     input: InputSpec
     dropout: float
-    weights_sha256: str
+    weights_sha256: str = ""  # this and the next are filled in when the bundle is saved
+    card_sha256: str = ""
     train_priors: list[float]  # class frequencies of the training split before balancing, sum 1
     training: TrainingRecord
     calibration: Calibration | None = None
