@@ -32,21 +32,26 @@ def lesion_weights(lesions: np.ndarray, resamples: int, rng: np.random.Generator
     return rng.multinomial(count, np.full(count, 1 / count), size=resamples)[:, index].astype(np.float64)
 
 
-def estimate(value: float, draws: np.ndarray, lesions: int) -> Estimate:
+def estimate(
+    value: float, draws: np.ndarray, lesions: int, undefined: str = "not defined: no image to count"
+) -> Estimate:
     """Join a figure with the percentile interval of its resamples.
 
     Args:
         value: The figure itself; NaN where it is not defined.
         draws: [R] the figure in each resample; NaN where a resample does not define it.
         lesions: Lesions the figure rests on: for a sensitivity those of its class, for an AUC the rarer side.
+        undefined: The reason to give where the value is NaN.
 
     Returns:
         The estimate. The interval is null with a reason where it would only pretend to be one.
     """
     if not np.isfinite(value):
-        return Estimate(value=None, reason="not defined: no image to count")
+        return Estimate(value=None, reason=undefined)
     if lesions < MIN_LESIONS:
-        return Estimate(value=value, reason=f"no interval: it rests on {lesions} lesions, at least {MIN_LESIONS} needed")
+        return Estimate(
+            value=value, reason=f"no interval: it rests on {lesions} lesions, at least {MIN_LESIONS} needed"
+        )
     draws = draws[np.isfinite(draws)]
     if draws.size == 0 or np.ptp(draws) < 1e-12:
         return Estimate(value=value, reason="no interval: every resample gives the same figure")

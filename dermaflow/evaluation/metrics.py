@@ -18,7 +18,8 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
 
 
-def _mean_of_defined(values: np.ndarray) -> np.ndarray:
+def mean_of_defined(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis without the NaN, [R, K] -> [R]; NaN where nothing is defined."""
     defined = np.isfinite(values)
     return _ratio(np.where(defined, values, 0.0).sum(axis=-1), defined.sum(axis=-1).astype(np.float64))
 
@@ -65,14 +66,14 @@ def precisions(matrices: np.ndarray) -> np.ndarray:
 
 def balanced_accuracy(matrices: np.ndarray) -> np.ndarray:
     """Mean sensitivity over the classes present in the resample: [R, 7, 7] -> [R]."""
-    return _mean_of_defined(sensitivities(matrices))
+    return mean_of_defined(sensitivities(matrices))
 
 
 def macro_f1(matrices: np.ndarray) -> np.ndarray:
     """Mean F1 over the classes present in the resample: [R, 7, 7] -> [R]."""
     right, truly = np.diagonal(matrices, axis1=1, axis2=2), matrices.sum(axis=2)
     f1 = _ratio(2 * right, truly + matrices.sum(axis=1))
-    return _mean_of_defined(np.where(truly > 0, f1, np.nan))
+    return mean_of_defined(np.where(truly > 0, f1, np.nan))
 
 
 def roc_curves(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +94,9 @@ def roc_curves(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> 
     everything = np.cumsum(sorted_weights, axis=1)[:, ends]
     start = np.zeros((len(weights), 1))
     tp, fp = np.hstack([start, found]), np.hstack([start, everything - found])
-    return _ratio(fp, np.broadcast_to(fp[:, -1:], fp.shape)), _ratio(tp, np.broadcast_to(tp[:, -1:], tp.shape))
+    one_sided = (tp[:, -1] == 0) | (fp[:, -1] == 0)
+    tp[one_sided] = fp[one_sided] = np.nan
+    return fp / fp[:, -1:], tp / tp[:, -1:]
 
 
 def area(fpr: np.ndarray, tpr: np.ndarray) -> np.ndarray:

@@ -1,0 +1,77 @@
+"""The test split by site, sex, age, localization and way of confirmation: who is served worse?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from dermaflow.evaluation.figures import Slice
+from dermaflow.evaluation.population import Sample, macro_auc, melanoma_auc, point_figures
+from dermaflow.schemas.bundle import Calibration
+from dermaflow.schemas.lesion import UNKNOWN
+
+MIN_IMAGES = 20
+"""Smaller slices are listed with their counts only."""
+
+AGE_BANDS: tuple[tuple[str, float, float], ...] = (
+    ("<30", -np.inf, 30),
+    ("30-49", 30, 50),
+    ("50-69", 50, 70),
+    ("70+", 70, np.inf),
+)
+"""Name, first age, first age beyond, in years."""
+
+
+def age_bands(age: pd.Series) -> pd.Series:
+    """Name of the age band of each image; ``unknown`` where the age is missing."""
+    bands = pd.Series(UNKNOWN, index=age.index, dtype=object)
+    for name, first, beyond in AGE_BANDS:
+        bands[(age >= first) & (age < beyond)] = name
+    return bands
+
+
+def slices(predictions: pd.DataFrame, sample: Sample, calibration: Calibration) -> list[Slice]:
+    """Figures of every slice of every kind.
+
+    Args:
+        predictions: One row an image, aligned with the sample.
+        sample: The same images as arrays.
+        calibration: Operating points and priors.
+
+    Returns:
+        Slices by kind, largest first within a kind.
+    """
+    kinds = {
+        "site": predictions["site"],
+        "sex": predictions["sex"],
+        "age": age_bands(predictions["age"]),
+        "localization": predictions["localization"],
+        "dx_type": predictions["dx_type"],
+    }
+    found = []
+    for kind, column in kinds.items():
+        names = column.fillna(UNKNOWN).astype(str).to_numpy()
+        kept = [_slice(kind, name, sample.only(names == name), calibration) for name in np.unique(names)]
+        found += sorted(kept, key=lambda s: -s.counts.images)
+    return found
+
+
+def _slice(kind: str, name: str, sample: Sample, calibration: Calibration) -> Slice:
+    described = Slice(kind=kind, name=name, counts=sample.counts(), absent=sample.absent())
+    if described.counts.images < MIN_IMAGES:
+        return described.model_copy(update={"note": f"fewer than {MIN_IMAGES} images: counts only"})
+    points = {point.name: point_figures(sample, point, calibration.priors) for point in calibration.operating_points}
+    sensitivity = {
+        name: points[name].classes["mel"].sensitivity
+        for name in ("accuracy", "melanoma_safe")
+        if "mel" in points[name].classes
+    }
+    return described.model_copy(
+        update={
+            "accuracy": points["accuracy"].accuracy,
+            "balanced_accuracy": points["balanced"].balanced_accuracy,
+            "melanoma_sensitivity": sensitivity or None,
+            "melanoma_auc": melanoma_auc(sample),
+            "macro_auc": macro_auc(sample),
+        }
+    )
