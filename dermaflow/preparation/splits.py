@@ -1,0 +1,93 @@
+"""Splits by lesion: two images of one lesion never stand on both sides of a split or fold.
+
+A random split by image leaks: with 80/20, 38.8 % of HAM10000's test images (68 % of the melanomas) have a sister image
+in train. Lesions are therefore assigned whole, stratified by diagnosis and site.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
+
+import pandas as pd
+
+from dermaflow.errors import DataError
+
+
+def lesion_table(images: pd.DataFrame) -> pd.DataFrame:
+    """One row a lesion.
+
+    Args:
+        images: Columns ``lesion_id``, ``dx``, ``site`` among others, one row an image.
+
+    Returns:
+        Columns ``lesion_id``, ``dx``, ``site``, ``images``, sorted by ``lesion_id``.
+    """
+    groups = images.groupby("lesion_id", sort=True)
+    return groups.agg(dx=("dx", "first"), site=("site", "first"), images=("dx", "size")).reset_index()
+
+
+def assign_lesions(
+    lesions: pd.DataFrame,
+    fractions: Mapping[str, float],
+    seed: int,
+    *,
+    folds: int = 5,
+    previous: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """Give every lesion a split, and every lesion outside ``test`` a cross-validation fold.
+
+    Lesions come in an order drawn from the seed; each goes where its stratum (diagnosis and site) and its diagnosis lack
+    most images. A lesion that was assigned before keeps its place, so a test lesion never becomes a training lesion when
+    new images arrive.
+
+    Args:
+        lesions: From `lesion_table`.
+        fractions: Share of images of each split; positive, sum 1.
+        seed: Seed of the order.
+        folds: Number of folds over everything but ``test``.
+        previous: An earlier result of this function.
+
+    Returns:
+        `lesions` with ``split`` (str) and ``fold`` (int, -1 on ``test``).
+
+    Raises:
+        DataError: The fractions are not positive or do not sum to 1.
+    """
+    if abs(sum(fractions.values()) - 1) > 1e-6 or min(fractions.values()) <= 0:
+        raise DataError(f"split fractions {dict(fractions)}", expected="positive fractions that sum to 1")
+    known = {} if previous is None else previous.set_index("lesion_id")[["split", "fold"]].to_dict("index")
+    result = lesions.copy()
+    result["split"] = _spread(result, fractions, f"split-{seed}", {k: v["split"] for k, v in known.items()})
+    inside = result["split"] != "test"
+    equal = {fold: 1 / folds for fold in range(folds)}
+    old_folds = {k: int(v["fold"]) for k, v in known.items() if 0 <= v["fold"] < folds}
+    result["fold"] = -1
+    result.loc[inside, "fold"] = _spread(result[inside], equal, f"fold-{seed}", old_folds)
+    return result
+
+
+def _spread(
+    lesions: pd.DataFrame, fractions: Mapping[Hashable, float] | Mapping[str, float], salt: str, known: Mapping[str, Hashable]
+) -> list[Hashable]:
+    """Error diffusion: the part that lags furthest behind its share, in the stratum and in the diagnosis, gets the next."""
+    parts: Sequence[Hashable] = list(fractions)
+    lag: dict[tuple[str, ...], dict[Hashable, float]] = {}
+    place: dict[str, Hashable] = {}
+
+    def order(lesion_id: str) -> tuple[bool, bytes]:  # known lesions first, so that the new ones even out what they left
+        return lesion_id not in known, hashlib.sha256(f"{salt}:{lesion_id}".encode()).digest()
+
+    rows = list(zip(lesions["lesion_id"], lesions["dx"], lesions["site"], lesions["images"], strict=True))
+    for lesion_id, dx, site, images in sorted(rows, key=lambda row: order(row[0])):
+        tallies = [lag.setdefault(key, dict.fromkeys(parts, 0.0)) for key in ((dx,), (dx, site))]
+        for tally in tallies:
+            for part in parts:
+                tally[part] += fractions[part] * images  # type: ignore[index]
+        chosen = known.get(lesion_id)
+        if chosen is None:
+            chosen = max(parts, key=lambda part: sum(tally[part] for tally in tallies))
+        for tally in tallies:
+            tally[chosen] -= images
+        place[lesion_id] = chosen
+    return [place[lesion_id] for lesion_id in lesions["lesion_id"]]
