@@ -35,17 +35,7 @@ COLUMN_ALIASES = {
     "anatom_site_general": "localization",  # ISIC 2019 metadata
     "diagnosis_confirm_type": "dx_type",  # ISIC 2018 lesion groupings
 }
-ONE_HOT_COLUMNS = (
-    "mel",
-    "nv",
-    "bcc",
-    "akiec",
-    "ak",
-    "bkl",
-    "df",
-    "vasc",
-    "scc",
-)  # ISIC 2018 and 2019; UNK is no diagnosis
+ONE_HOT_COLUMNS = ("mel", "nv", "bcc", "akiec", "ak", "bkl", "df", "vasc", "scc")  # ISIC 2018 and 2019; UNK is none
 CONFIRMATIONS = {  # the ISIC archive's words for HAM10000's dx_type
     "histopathology": "histo",
     "serial imaging showing no change": "follow_up",
@@ -141,8 +131,15 @@ def _list_files(root: Path) -> tuple[list[Path], list[Path]]:
 
 def _walk(root: Path) -> Iterator[Path]:
     """Files below a folder, through symbolic links to folders; without hidden files and segmentation folders."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"the folder cannot be read: {error.strerror}", where=error.filename, expected="a readable folder",
+            todo="correct its permissions or move it away",
+        ) from error  # fmt: skip
+
     visited: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
         if os.path.realpath(folder) in visited:  # a link that leads back
             subfolders.clear()
             continue
@@ -170,14 +167,14 @@ def _one_path_each(images: list[Path]) -> pd.Series:
 
 def _read_rows(root: Path, images: list[Path], tables: list[Path]) -> tuple[pd.DataFrame, Path]:
     """One row an image as the source says it, column ``dx`` unparsed, and where it was read."""
-    frames = {path: _read_table(path) for path in tables}
+    frames = _read_tables(tables)
     truths = {path: frame for path, frame in frames.items() if {"image_id", "mel", "nv"} <= set(frame.columns)}
     others = {path: frame for path, frame in frames.items() if path not in truths}
-    path = _choose_metadata(others)
+    path = _choose(others, NEEDED_COLUMNS)
     if path is not None and ("dx" in others[path] or not truths):
         return _need_columns(others[path], path, NEEDED_COLUMNS), path
     if truths:
-        return _join_truth(truths, others, path), next(iter(truths))
+        return _join_truth(truths, others), next(iter(truths))
     if any(_is_diagnosis(image.parent.name) for image in images):
         return _rows_from_folders(images), root
     if others:
@@ -188,6 +185,19 @@ def _read_rows(root: Path, images: list[Path], tables: list[Path]) -> tuple[pd.D
         expected="HAM10000_metadata.csv, an ISIC truth file (image,MEL,NV,...) or class folders (mel/, nv/, ...)",
         todo="put the metadata table into the folder, or download it with: dermaflow data fetch",
     )  # fmt: skip
+
+
+def _read_tables(paths: list[Path]) -> dict[Path, pd.DataFrame]:
+    """The tables that can be read; a foreign table that cannot is passed over."""
+    frames = {}
+    for path in paths:
+        try:
+            frames[path] = _read_table(path)
+        except DataError as error:
+            if path.stem.lower() == METADATA_STEM:
+                raise
+            logger.warning("%s", error)
+    return frames
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -201,16 +211,14 @@ def _read_table(path: Path) -> pd.DataFrame:
             f"the table cannot be read: {error}", where=path, expected="a UTF-8 table with a header line",
             todo="download it again",
         ) from error  # fmt: skip
-    names = frame.columns.str.strip().str.lower()
-    return frame.set_axis(
-        [name if (alias := COLUMN_ALIASES.get(name, name)) in names else alias for name in names], axis=1
-    )
+    frame.columns = frame.columns.str.strip().str.lower()
+    return frame.rename(columns={old: new for old, new in COLUMN_ALIASES.items() if new not in frame})
 
 
-def _choose_metadata(frames: dict[Path, pd.DataFrame]) -> Path | None:
-    """The metadata among tables that are no truth files."""
+def _choose(frames: dict[Path, pd.DataFrame], needed: tuple[str, ...]) -> Path | None:
+    """The table named HAM10000_metadata, else the one with the needed columns."""
     named = [path for path in frames if path.stem.lower() == METADATA_STEM]
-    fitting = [path for path, frame in frames.items() if set(NEEDED_COLUMNS) <= set(frame.columns)]
+    fitting = [path for path, frame in frames.items() if set(needed) <= set(frame.columns)]
     candidates = named or fitting
     if len(candidates) > 1:
         raise DataError(
@@ -230,17 +238,15 @@ def _need_columns(frame: pd.DataFrame, path: Path, needed: tuple[str, ...]) -> p
     return frame
 
 
-def _join_truth(
-    truths: dict[Path, pd.DataFrame], others: dict[Path, pd.DataFrame], metadata: Path | None
-) -> pd.DataFrame:
+def _join_truth(truths: dict[Path, pd.DataFrame], others: dict[Path, pd.DataFrame]) -> pd.DataFrame:
     """Truth files, one below the other, with the columns of a table that knows more about the same images."""
     truth = pd.concat([_read_one_hot(frame) for frame in truths.values()], ignore_index=True)
-    path = metadata or next(
-        (path for path, frame in others.items() if {"image_id", "lesion_id"} <= set(frame.columns)), None
-    )
+    path = _choose(others, ("image_id", "lesion_id"))
     if path is None:
         return truth
-    more = _need_columns(others[path], path, ("image_id",)).drop(columns="dx", errors="ignore")
+    more = (
+        _need_columns(others[path], path, ("image_id",)).drop(columns="dx", errors="ignore").dropna(subset="image_id")
+    )
     _refuse_duplicates(more["image_id"], path)
     return truth.merge(more, on="image_id", how="left")
 
@@ -254,7 +260,8 @@ def _read_one_hot(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _rows_from_folders(images: list[Path]) -> pd.DataFrame:
     """Class folders: the folder's name is the diagnosis."""
-    return pd.DataFrame({"image_id": [path.stem for path in images], "dx": [path.parent.name for path in images]})
+    rows = pd.DataFrame([(path.stem, path.parent.name) for path in images], columns=["image_id", "dx"])
+    return rows.drop_duplicates(ignore_index=True)  # copies of an image; under two diagnoses it is refused later
 
 
 def _is_diagnosis(text: str) -> bool:
@@ -270,12 +277,12 @@ def _is_diagnosis(text: str) -> bool:
 
 def _assemble(root: Path, rows: pd.DataFrame, source: Path, paths: pd.Series) -> LesionArchive:
     """Clean the rows, join them with the image files, and set apart what cannot be used."""
-    rows = rows.copy()
-    rows["image_id"] = rows["image_id"].str.strip()
-    without_id = rows[rows["image_id"].fillna("") == ""]
+    rows = _text_columns(rows, source)
+    without_id = rows[rows["image_id"] == ""]
     rows = rows.drop(without_id.index)
     _refuse_duplicates(rows["image_id"], source)
-    rows = _clean(rows, source).join(paths, on="image_id")
+    rows = rows.assign(lesion_id=_lesion_of_image(rows, source), age=_parse_age(rows, source))
+    rows = rows.join(paths, on="image_id")
 
     known = {text: parse_diagnosis(text) for text in rows["dx"].unique() if _is_diagnosis(text)}
     code = rows["dx"].map(known)
@@ -307,7 +314,7 @@ def _assemble(root: Path, rows: pd.DataFrame, source: Path, paths: pd.Series) ->
 
 
 def _refuse_duplicates(image_ids: pd.Series, where: Path) -> None:
-    repeated = sorted(image_ids[image_ids.duplicated()].dropna().unique())
+    repeated = sorted(image_ids[image_ids.duplicated()].unique())
     if repeated:
         raise DataError(
             f"{len(repeated)} image ids stand more than once: {_some(repeated)}", where=where,
@@ -315,26 +322,23 @@ def _refuse_duplicates(image_ids: pd.Series, where: Path) -> None:
         )  # fmt: skip
 
 
-def _clean(rows: pd.DataFrame, source: Path) -> pd.DataFrame:
-    """Every column of `METADATA_COLUMNS`, with unknown values written the one way."""
-    for column in METADATA_COLUMNS:
-        if column not in rows:
-            if column not in ("lesion_id", "site"):  # site came with version 4; lesion_id has its own warning
-                logger.warning("%s: no column %s; it is unknown for every image", source, column)
-            rows[column] = pd.NA
-    rows = rows.assign(age=_parse_age(rows, source), dx=rows["dx"].fillna("").str.strip())
+def _text_columns(rows: pd.DataFrame, source: Path) -> pd.DataFrame:
+    """`METADATA_COLUMNS` as stripped text; what describes the image is ``unknown`` where it is not given."""
+    missing = [column for column in METADATA_COLUMNS if column not in rows and column != "lesion_id"]
+    if missing:
+        logger.warning("%s: no column %s; unknown for every image", source, ", ".join(missing))
+    rows = rows.reindex(columns=list(METADATA_COLUMNS)).astype(object).fillna("").astype(str)
+    rows = rows.apply(lambda column: column.str.strip())
     for column in ("dx_type", "sex", "localization", "site"):
-        text = rows[column].astype("str").str.strip().str.lower()
-        rows[column] = text.mask(text.isna() | (text == ""), UNKNOWN)
-    rows["dx_type"] = rows["dx_type"].replace(CONFIRMATIONS)
-    rows["lesion_id"] = _lesion_of_image(rows, source)
+        rows[column] = rows[column].str.lower().replace({"": UNKNOWN, **CONFIRMATIONS})
     return rows
 
 
 def _parse_age(rows: pd.DataFrame, source: Path) -> pd.Series:
+    """Age in years, NaN if unknown."""
     age = pd.to_numeric(rows["age"], errors="coerce").astype(float)
     age = age.where(age.between(0, MAX_AGE))  # HAM10000 holds 39 images with age 0; they are kept as given
-    wrong = age.isna() & rows["age"].notna() & (rows["age"].str.strip().str.lower() != UNKNOWN)
+    wrong = age.isna() & ~rows["age"].str.lower().isin(["", UNKNOWN])
     if wrong.any():
         logger.warning(
             "%s: %d ages are not 0 to %d years and count as unknown: %s",
@@ -345,14 +349,13 @@ def _parse_age(rows: pd.DataFrame, source: Path) -> pd.Series:
 
 def _lesion_of_image(rows: pd.DataFrame, source: Path) -> pd.Series:
     """The lesion id of each row, the same for hidden duplicates; the image id where the source names no lesion."""
-    lesion = rows["lesion_id"].astype("str").str.strip()
-    nameless = lesion.isna() | (lesion == "")
+    nameless = rows["lesion_id"] == ""
     if nameless.any():
         logger.warning(
             "%s: %d of %d images have no lesion id and count as a lesion each; images of one lesion cannot be kept "
             "together in a split", source, nameless.sum(), len(rows),
         )  # fmt: skip
-    lesion = lesion.mask(nameless, rows["image_id"])
+    lesion = rows["lesion_id"].mask(nameless, rows["image_id"])
     of_image = pd.Series(lesion.to_numpy(), index=rows["image_id"])
     for a, b in hidden_duplicates(rows["image_id"]):
         first, second = sorted((of_image[a], of_image[b]))
