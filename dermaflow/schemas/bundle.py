@@ -65,7 +65,7 @@ class Calibration(_Strict):
 
     temperature: float
     bias: list[float] = Field(default_factory=lambda: [0.0] * len(CODES))  # 0 unless it lowers held-out log loss
-    priors: list[float]  # class frequencies of the calibration split, half an image added to each class, sum 1
+    priors: list[float]  # class frequencies of the calibration split, in the order of the classes, sum 1
     conformal_alpha: float
     conformal_quantiles: list[float]  # class k is in the set if 1 - p_k <= quantile_k; 1.0 where too few lesions
     mel_threshold: float  # p_mel from which melanoma is not missed: 95 % sensitivity with a margin, at most 0.10

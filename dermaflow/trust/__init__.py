@@ -1,1 +1,1 @@
-"""What is fitted on the calibration split so that a finding can be believed: temperature, sets, thresholds, distance."""
+"""What is fitted on the calibration split so that a finding can be believed: probabilities, sets, thresholds."""
