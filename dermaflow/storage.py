@@ -141,7 +141,8 @@ def open_atomic(uri: str | Path) -> Iterator[BinaryIO]:
             todo="free space or choose another folder, then run the same command again",
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error above says more than this one would
+            partial.unlink()
 
 
 def write_bytes(uri: str | Path, content: bytes) -> None:
