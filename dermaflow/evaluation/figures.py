@@ -80,14 +80,13 @@ class CalibrationFigures(_Strict):
 
 
 class ConformalFigures(_Strict):
-    """What the conformal sets hold (class k is in the set if ``1 - p_k <= quantile_k``)."""
+    """What the conformal sets hold (`trust.conformal.conformal_sets`)."""
 
     target: float  # 1 - alpha
     coverage: Estimate
     coverage_by_class: dict[str, Estimate]
     mean_set_size: Estimate
     singletons: Estimate
-    empty: Estimate
     melanoma_sets_with_a_malignant_class: Estimate
 
 

@@ -38,6 +38,7 @@ from dermaflow.evaluation.figures import (
 from dermaflow.evaluation.intervals import estimate
 from dermaflow.schemas.bundle import Calibration, OperatingPoint
 from dermaflow.taxonomy import CODES, DIAGNOSES, MALIGNANT, MELANOMA
+from dermaflow.trust.conformal import conformal_sets
 from dermaflow.trust.decision import decide
 
 _MALIGNANT = np.array(MALIGNANT)
@@ -226,8 +227,8 @@ def ranking_figures(sample: Sample) -> RankingFigures:
 def calibration_figures(sample: Sample) -> CalibrationFigures:
     """Expected calibration error, Brier score and negative log-likelihood."""
     p, truth, lesions = sample.probabilities, sample.truth, len(np.unique(sample.lesions))
-    inside = torch.from_numpy(np.minimum(p, np.nextafter(1.0, 0.0)))  # torchmetrics gives exactly 1 a bin of its own
-    ece = multiclass_calibration_error(inside, torch.from_numpy(truth), len(CODES), n_bins=metrics.ECE_BINS)
+    below_one = torch.from_numpy(np.minimum(p, 1 - 1e-7))  # torchmetrics would give exactly 1 a bin of its own
+    ece = multiclass_calibration_error(below_one, torch.from_numpy(truth), len(CODES), n_bins=metrics.ECE_BINS)
     ece_draws = metrics.expected_calibration_error(p.max(axis=1), p.argmax(axis=1) == truth, sample.weights)
     surprise = -np.log(np.maximum(p[np.arange(len(p)), truth], np.finfo(np.float64).eps))
     return CalibrationFigures(
@@ -239,7 +240,7 @@ def calibration_figures(sample: Sample) -> CalibrationFigures:
 
 def conformal_figures(sample: Sample, calibration: Calibration) -> ConformalFigures:
     """What the conformal sets hold and how large they are."""
-    sets = 1 - sample.probabilities <= np.array(calibration.conformal_quantiles)
+    sets = conformal_sets(sample.probabilities, np.array(calibration.conformal_quantiles))
     covered = sets[np.arange(len(sets)), sample.truth]
     size = sets.sum(axis=1)
     return ConformalFigures(
@@ -248,7 +249,6 @@ def conformal_figures(sample: Sample, calibration: Calibration) -> ConformalFigu
         coverage_by_class={CODES[k]: sample.mean(covered, sample.truth == k) for k in sample.present},
         mean_set_size=sample.mean(size),
         singletons=sample.mean(size == 1),
-        empty=sample.mean(size == 0),
         melanoma_sets_with_a_malignant_class=sample.mean(
             sets[:, _MALIGNANT].any(axis=1), sample.truth == MELANOMA, "no image is melanoma"
         ),
