@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating]
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Field:
@@ -94,12 +94,14 @@ class Canvas:
             border += irregular * self.rng.normal() / wave * np.cos(wave * turn + self.rng.uniform(0, 6.28))
         index = ((self.theta + np.float32(np.pi)) * np.float32(720 / (2 * np.pi))).astype(np.int32)
         distance = self.r / np.float32(self.radius) - border.astype(np.float32)[index]
-        return distance + np.float32(jagged) * self.noise(0.16 * self.radius)
+        wobble = 0.8 * self.noise(0.35 * self.radius) + 0.4 * self.noise(0.1 * self.radius)
+        rim = 4 * (self.r / np.float32(self.radius) - 1.35)  # nothing reaches the canvas' side at 1.6 radii
+        return np.maximum(distance + np.float32(jagged) * wobble, rim)
 
     def blob(self, x: float, y: float, radius: float, wobble: float = 0.3, soft: float = 0.3) -> Field:
         """A cloud-like patch, 1 inside and 0 outside; lengths in lesion radii."""
         scale = np.float32(1 / self.radius)
-        distance = np.hypot(self.x * scale - x, self.y * scale - y) / radius - 1
+        distance = np.hypot(self.x * scale - float(x), self.y * scale - float(y)) / radius - 1
         return fade(distance + np.float32(wobble) * self.noise(0.5 * radius * self.radius), soft)
 
     def mesh(self, spacing: float, warp: float, line: float = 0.0) -> Field:
@@ -116,13 +118,14 @@ class Canvas:
         spacing = max(spacing, 3.6 / self.unit)  # below that the mesh would alias
         wave = np.float32(2 * np.pi / spacing * 2 / np.sqrt(3))
         shift = np.float32(warp * spacing)
-        u = self.x + shift * self.noise(2.5 * spacing)
-        v = self.y + shift * self.noise(2.5 * spacing)
+        u = self.x + shift * self.noise(3 * spacing)
+        v = self.y + shift * self.noise(3 * spacing)
         start = self.rng.uniform(0, np.pi)
         total = np.zeros((self.size, self.size), np.float32)
         for angle in (start, start + np.pi / 3, start + 2 * np.pi / 3):
             total += np.cos(wave * (u * np.float32(np.cos(angle)) + v * np.float32(np.sin(angle))))
-        return fade(total - np.float32(line), 0.8)
+        thickness = np.float32(line) + np.float32(2 * warp) * self.noise(4 * spacing)
+        return fade(total - thickness, 0.8)
 
     def points(self, where: Field, count: int) -> NDArray[np.float64]:
         """Random places ``(count, 2)`` as x, y in image heights, drawn where the mask is above a half."""

@@ -126,7 +126,8 @@ def generate(
             draw = partial(draw_view, seed=seed, height=height, width=width)
             if workers > 1:  # spawned, because a fork of a process with threads (torch, Ray) can hang
                 context = multiprocessing.get_context("spawn")
-                pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
+                pool = ProcessPoolExecutor(workers, mp_context=context)
+                stack.callback(pool.shutdown, cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
                 drawn = pool.map(draw, views, chunksize=8)
             else:
                 drawn = map(draw, views)
@@ -187,8 +188,8 @@ def _pose(rng: np.random.Generator, height: int, width: int, side: int) -> tuple
 
 
 def _place(
-    layer: NDArray[np.float32], affine: tuple[float, ...], height: int, width: int, fill: int
-) -> NDArray[np.float32]:
+    layer: NDArray[np.floating], affine: tuple[float, ...], height: int, width: int, fill: int
+) -> NDArray[np.floating]:
     """Turn a layer of the lesion's square into the image, with `fill` around it."""
     picture = Image.fromarray((layer * 255 + 0.5).astype(np.uint8))
     how = (Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dermaflow.datasets.synthetic.canvas import Canvas, Field, fade
 
-ABSORPTION = np.array([[0.42, 0.85, 1.05], [0.12, 0.95, 0.62], [0.95, 0.72, 0.48]], np.float32)
+ABSORPTION = np.array([[0.42, 0.78, 1.05], [0.12, 0.95, 0.62], [0.95, 0.72, 0.48]], np.float32)
 """How much a unit of melanin, blood and deep melanin takes from red, green and blue; set by eye on real images."""
 COVER = np.array([[0.95, 0.86, 0.88], [0.93, 0.82, 0.60]], np.float32)
 """Colours of white (fibrosis, pearl) and of keratin."""
@@ -42,7 +42,7 @@ class Film:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return Film(*(mine + np.float32(share) * (theirs - mine) for mine, theirs in pairs))
 
-    def optics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def optics(self) -> tuple[Field, Field]:
         """Seen colour is skin times the first array plus the second; both ``(size, size, 3)`` in 0..1."""
         seen = np.exp(-np.maximum(np.stack([self.melanin, self.blood, self.deep], -1), 0) @ ABSORPTION)
         added = np.zeros_like(seen)
@@ -75,12 +75,13 @@ def nevus(c: Canvas, t: Trait) -> Film:
     film = Film.clear(c.size)
     kind = c.rng.choice(["reticular", "globular", "homogeneous"], p=[0.55, 0.25, 0.2])
     base = 0.8 * t.tone * (1 + 0.12 * c.noise(0.8 * c.radius))
-    film.blood = t.body * np.float32(c.rng.uniform(0.1, 0.5))
+    film.blood = t.body * np.float32(c.rng.uniform(0.0, 0.4))
     if kind == "reticular":
-        mesh = c.mesh(c.rng.uniform(0.028, 0.042), 0.16)
-        film.melanin = t.body * base * (1 - 0.55 * t.clarity + 1.3 * t.clarity * mesh)
+        mesh = c.mesh(c.rng.uniform(0.028, 0.045), c.rng.uniform(0.2, 0.32))
+        clear = t.clarity * (0.75 + 0.3 * np.tanh(c.noise(0.5 * c.radius)))
+        film.melanin = t.body * base * (1 - clear * (0.55 - 1.3 * mesh))
     elif kind == "globular":
-        cobbles = 1 - c.mesh(c.rng.uniform(0.038, 0.055), 0.2, 0.2)
+        cobbles = 1 - c.mesh(c.rng.uniform(0.038, 0.055), 0.3, 0.2)
         film.melanin = t.body * base * (1 - 0.5 * t.clarity + 1.0 * t.clarity * cobbles)
     else:
         film.melanin = t.body * base * (1.1 + 0.12 * c.noise(0.05))
@@ -99,13 +100,14 @@ def melanoma(c: Canvas, t: Trait) -> Film:
     film.melanin = t.body * t.tone * (0.95 + 0.55 * dark) * (1 - 0.4 * k + 0.9 * k * mesh * (0.5 + 0.5 * dark))
     film.blood = t.body * (rng.uniform(0.1, 0.45) + 0.3 * k * fade(-c.noise(0.5 * c.radius), 0.5))
 
-    streaks = np.cos(c.theta * np.float32(rng.integers(20, 34)) + 2 * c.noise(0.3)) * 0.5 + 0.5
-    rim = fade(np.abs(t.edge - 0.04) - 0.14, 0.06) * fade(-side + 0.2, 0.3)
-    film.melanin += 1.3 * k * t.tone * rim * streaks**2
+    if rng.random() < 0.5:
+        streaks = np.cos(c.theta * np.float32(rng.integers(18, 30)) + 4 * c.noise(0.35)) * 0.5 + 0.5
+        rim = fade(np.abs(t.edge - 0.02) - 0.12, 0.06) * fade(0.5 - side + 0.3 * c.noise(0.1), 0.2)
+        film.melanin += 1.1 * k * t.tone * rim * streaks**2
 
     def at(reach: float) -> tuple[float, float]:
         angle = lean + rng.normal(0, 1.0)
-        return reach * np.cos(angle), reach * np.sin(angle)
+        return float(reach * np.cos(angle)), float(reach * np.sin(angle))
 
     blotch = c.blob(*at(0.4), rng.uniform(0.25, 0.45)) * t.body
     film.melanin += 1.3 * k * t.tone * blotch
@@ -163,7 +165,7 @@ def basal_cell(c: Canvas, t: Trait) -> Film:
         leaves = c.points(fade(np.abs(t.edge + 0.06) - 0.06, 0.01), int(rng.integers(4, 9)))
         film.melanin += 1.2 * k * c.dots(leaves, rng.uniform(0.014, 0.026, len(leaves)), 0.5, 2.0)
     if rng.random() < 0.3:  # erosion
-        sore = c.blob(*rng.uniform(-0.4, 0.4, 2), rng.uniform(0.12, 0.25), soft=0.15) * t.body
+        sore = c.blob(rng.uniform(-0.4, 0.4), rng.uniform(-0.4, 0.4), rng.uniform(0.12, 0.25), soft=0.15) * t.body
         film.blood += 1.0 * k * sore
         film.melanin += 0.8 * k * sore
     return film
@@ -191,12 +193,12 @@ def dermatofibroma(c: Canvas, t: Trait) -> Film:
     film = Film.clear(c.size)
     rng, k = c.rng, t.clarity
     centre = fade(t.edge + rng.uniform(0.45, 0.7) + 0.12 * c.noise(0.3 * c.radius), 0.18)
-    mesh = c.mesh(rng.uniform(0.02, 0.03), 0.15)
+    mesh = c.mesh(rng.uniform(0.02, 0.03), 0.25)
     ring = t.body * (1 - centre)
     film.melanin = 0.55 * t.tone * (ring * (1 - 0.5 * k + 1.0 * k * mesh) + 0.35 * centre)
     film.blood = t.body * (rng.uniform(0.1, 0.45) + 0.15 * c.noise(0.5 * c.radius))
     lines = fade(np.abs(c.noise(0.05)) - 0.2, 0.2)  # shiny white strands in the patch
-    film.white = k * centre * (0.35 + 0.25 * lines)
+    film.white = k * centre * (0.45 + 0.25 * lines)
     return film
 
 
@@ -210,8 +212,8 @@ def actinic(c: Canvas, t: Trait) -> Film:
     film.keratin = 0.3 * k * t.body * (1 - straw)
     pigment = max(rng.normal(0.15, 0.35), 0)
     film.melanin = t.body * pigment * fade(-c.noise(0.35 * c.radius), 0.6) * (0.6 + 0.6 * c.mesh(spacing, 0.25))
-    scale = fade(1.0 - c.noise(0.07) - 0.4 * c.noise(0.02), 0.15) * t.body
-    film.keratin += 0.45 * k * scale
+    scale = fade(0.9 - c.noise(0.08) - 0.5 * c.noise(0.02), 0.15) * t.body
+    film.keratin += 0.55 * k * scale
     film.white += 0.3 * k * scale
     corners = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]]) * 0.011
     for place in c.points(fade(t.edge + 0.2, 0.02), int(rng.integers(2, 8))):
@@ -250,7 +252,7 @@ KINDS: dict[str, Kind] = {
     "vasc": Kind(vascular, 0.22, (0.05, 0.25), (0.03, 0.1), (0.05, 0.15), ("bcc", "nv")),
 }
 ATYPICAL = {"nv": 0.06}  # nevi are two thirds of all, so a larger share would outnumber the melanomas
-ATYPICAL_ELSE = 0.16
+ATYPICAL_ELSE = 0.2
 
 
 def draw_lesion(code: str, rng: np.random.Generator, height: int) -> tuple[Film, NDArray[np.bool_]]:
@@ -273,5 +275,5 @@ def draw_lesion(code: str, rng: np.random.Generator, height: int) -> tuple[Film,
     film = kind.paint(canvas, trait)
     if rng.random() < ATYPICAL.get(code, ATYPICAL_ELSE):
         mimic = kind.mimics[int(rng.integers(len(kind.mimics)))]
-        film = film.blend(KINDS[mimic].paint(canvas, trait), rng.uniform(0.45, 0.8))
+        film = film.blend(KINDS[mimic].paint(canvas, trait), rng.uniform(0.35, 0.65))
     return film, edge < 0

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from dermaflow.datasets.synthetic.canvas import smooth_noise
+from dermaflow.datasets.synthetic.canvas import fade, smooth_noise
 
-Pixels = NDArray[np.float32]
+Pixels = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,15 @@ def skin(rng: np.random.Generator, site: Site, height: int, width: int) -> Pixel
         float32 ``(height, width, 3)`` in 0..1.
     """
     colour = np.array(site.skin, np.float32) / 255 * np.exp(rng.normal(0, site.spread * 0.7))
-    colour *= np.exp(rng.normal(0, site.spread * 0.4, 3))
+    warm, pale = rng.normal(0, site.spread * 0.5, 2)
+    colour *= np.exp(warm * np.array([0.3, 0.0, -1.0]) + pale * np.array([0.0, 1.0, 0.6]))
+    colour[1:] = np.minimum(colour[1:], np.array([0.86, 0.95]) * colour[0])  # skin is never green or blue
     coarse, fine = (smooth_noise(rng, height, width, cell * height) for cell in (0.35, 0.05))
     grain = smooth_noise(rng, height, width, 0.012 * height)
-    blood = 0.05 * coarse + rng.uniform(0.01, 0.05) * fine
+    blood = 0.05 * coarse + rng.uniform(0.005, 0.035) * fine
     brown = 0.03 * smooth_noise(rng, height, width, 0.25 * height) + 0.02 * grain
     if rng.random() < 0.3:  # sun-damaged, freckled
-        brown += 0.35 * np.maximum(smooth_noise(rng, height, width, 0.12 * height) - 1.0, 0)
+        brown += rng.uniform(0.1, 0.35) * fade(1.3 - smooth_noise(rng, height, width, 0.08 * height), 0.35)
     absorbed = np.stack([0.1 * blood + 0.4 * brown, blood + 0.8 * brown, 0.6 * blood + brown], -1)
     return np.clip(colour, 0.2, 0.97).astype(np.float32) * np.exp(-absorbed)
 
@@ -136,4 +138,4 @@ def through_lens(rng: np.random.Generator, pixels: Pixels, site: Site) -> Pixels
     middle = np.float32(0.6)
     pixels = middle * (np.maximum(pixels, 0.004) / middle) ** np.float32(site.gamma)
     grain = rng.standard_normal((height, width, 1), dtype=np.float32)
-    return pixels + np.float32(0.012) * grain
+    return pixels + np.float32(0.009) * grain
