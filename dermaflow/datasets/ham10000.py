@@ -177,9 +177,9 @@ def _read_rows(root: Path, images: list[Path], tables: list[Path]) -> tuple[pd.D
         return _join_truth(truths, others), next(iter(truths))
     if any(_is_diagnosis(image.parent.name) for image in images):
         return _rows_from_folders(images), root
-    if others:
-        path, frame = next(iter(others.items()))
-        _need_columns(frame, path, NEEDED_COLUMNS)
+    for path, frame in others.items():
+        if {"image_id", "dx"} & set(frame.columns):  # meant as the metadata
+            _need_columns(frame, path, NEEDED_COLUMNS)
     raise DataError(
         "no metadata found", where=root,
         expected="HAM10000_metadata.csv, an ISIC truth file (image,MEL,NV,...) or class folders (mel/, nv/, ...)",
@@ -203,8 +203,8 @@ def _read_tables(paths: list[Path]) -> dict[Path, pd.DataFrame]:
 def _read_table(path: Path) -> pd.DataFrame:
     """A table with text cells and lower-case column names by our names; commas, semicolons or tabs."""
     try:
-        header = path.open(encoding="utf-8-sig").readline()
-        separator = max(",;\t", key=header.count)
+        with path.open(encoding="utf-8-sig") as stream:
+            separator = max(",;\t", key=stream.readline().count)
         frame = pd.read_csv(path, sep=separator, dtype=str, encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
         raise DataError(
@@ -244,9 +244,8 @@ def _join_truth(truths: dict[Path, pd.DataFrame], others: dict[Path, pd.DataFram
     path = _choose(others, ("image_id", "lesion_id"))
     if path is None:
         return truth
-    more = (
-        _need_columns(others[path], path, ("image_id",)).drop(columns="dx", errors="ignore").dropna(subset="image_id")
-    )
+    more = _need_columns(others[path], path, ("image_id",)).drop(columns="dx", errors="ignore")
+    more = more.dropna(subset="image_id")
     _refuse_duplicates(more["image_id"], path)
     return truth.merge(more, on="image_id", how="left")
 

@@ -278,6 +278,7 @@ def test_table_without_images(published: Path) -> None:
 
 def test_images_without_any_metadata(published: Path) -> None:
     (published / "HAM10000_metadata.csv").unlink()
+    (published / "prices.csv").write_text("camera,price\nA,1\n")
     with pytest.raises(DataError, match=r"no metadata found; expected HAM10000_metadata\.csv, an ISIC truth file"):
         read_ham10000(published)
 
