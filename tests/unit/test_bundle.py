@@ -8,56 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_bundle import FEATURES, a_bundle, a_calibration, some_weights
 
 from dermaflow import storage
 from dermaflow.bundles import bundle as bundle_module
 from dermaflow.bundles.bundle import load_bundle, save_bundle, update_bundle
 from dermaflow.errors import BundleError
-from dermaflow.schemas.bundle import Bundle, Calibration, InputSpec, OodSpec, OperatingPoint, TrainingRecord
 from dermaflow.taxonomy import CODES
-
-FEATURES = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float16)
-
-
-def a_calibration(temperature: float = 1.3, ood: bool = True) -> Calibration:
-    return Calibration(
-        temperature=temperature,
-        priors=[1 / 7] * 7,
-        conformal_alpha=0.1,
-        conformal_quantiles=[0.5] * 7,
-        mel_threshold=0.08,
-        operating_points=[OperatingPoint(name="accuracy", tau=0.0)],
-        ood=OodSpec(k=5, threshold=0.4) if ood else None,
-        images=12,
-        lesions=10,
-    )
-
-
-def a_bundle(calibration: Calibration | None = None) -> Bundle:
-    return Bundle(
-        name="tiny",
-        backbone="seed_cnn",
-        input=InputSpec(height=36, width=48, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)),
-        dropout=0.1,
-        train_priors=[1 / 7] * 7,
-        training=TrainingRecord(
-            recipe_name="tiny", recipe={"lr": 1e-3}, recipe_hash="r", seed=1, data_hash="d",
-            started="2026-01-01T00:00:00Z",
-            seconds=1.0, epochs=1, device="cpu", workers=1, history=[{"epoch": 1, "loss": float("nan")}],
-            initial_weights=None, versions={"torch": "2"},
-        ),
-        calibration=calibration,
-    )  # fmt: skip
-
-
-def some_weights() -> dict[str, torch.Tensor]:
-    shared = torch.arange(6.0).reshape(2, 3)
-    return {"a": shared, "transposed": shared.T, "count": torch.tensor(3), "half": torch.ones(4, dtype=torch.bfloat16)}
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    save_bundle(tmp_path / "model", a_bundle(a_calibration()), some_weights(), FEATURES, "# Card\n")
+    bundle = a_bundle(a_calibration(), metrics={"accuracy": 0.8, "ece": float("nan")})
+    save_bundle(tmp_path / "model", bundle, some_weights(), FEATURES, "# Card\n")
     return tmp_path / "model"
 
 
@@ -83,18 +46,19 @@ def test_everything_comes_back(saved: Path) -> None:
     np.testing.assert_array_equal(loaded.ood_features, FEATURES)
     assert loaded.card == "# Card\n"
     assert loaded.bundle.calibration is not None and loaded.bundle.calibration.temperature == 1.3
-    assert np.isnan(loaded.bundle.training.history[0]["loss"])
+    assert loaded.bundle.metrics is not None and loaded.bundle.metrics["accuracy"] == 0.8
+    assert np.isnan(loaded.bundle.metrics["ece"])
     assert loaded.sha256 == storage.sha256_file(saved / "bundle.json")
 
 
 def test_the_same_model_has_the_same_hash_and_another_has_not(saved: Path, tmp_path: Path) -> None:
-    sha256 = load_bundle(saved).sha256
-    save_bundle(tmp_path / "again", a_bundle(a_calibration()), some_weights(), FEATURES, "# Card\n")
-    assert load_bundle(tmp_path / "again").sha256 == sha256
+    first = load_bundle(saved)
+    save_bundle(tmp_path / "again", first.bundle, some_weights(), FEATURES, "# Card\n")
+    assert load_bundle(tmp_path / "again").sha256 == first.sha256
     other = some_weights()
     other["a"][0, 0] += 1e-3
-    save_bundle(tmp_path / "other", a_bundle(a_calibration()), other, FEATURES, "# Card\n")
-    assert load_bundle(tmp_path / "other").sha256 != sha256
+    save_bundle(tmp_path / "other", first.bundle, other, FEATURES, "# Card\n")
+    assert load_bundle(tmp_path / "other").sha256 != first.sha256
 
 
 def test_description_is_strict_json(saved: Path) -> None:
