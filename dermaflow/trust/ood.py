@@ -31,7 +31,7 @@ def fit_ood(
     stored = _normalise(features).astype(np.float16)
     _, lesion, counts = np.unique(lesions, return_inverse=True, return_counts=True)
     k = max(1, min(k, len(stored) - int(counts.max())))
-    distances = _kth_distance(stored.astype(np.float32), stored, k, lesion)
+    distances = _kth_distance(_normalise(stored), stored, k, lesion)
     return OodSpec(k=k, threshold=float(np.quantile(distances, quantile))), stored
 
 
@@ -56,7 +56,7 @@ def _normalise(features: np.ndarray) -> np.ndarray:
 
 def _kth_distance(queries: np.ndarray, stored: np.ndarray, k: int, lesion: np.ndarray | None = None) -> np.ndarray:
     """float32 [M]; with `lesion`, the queries are the stored features and their own lesion is left out."""
-    reference = stored.astype(np.float32)
+    reference = _normalise(stored)  # float16 has rounded the lengths
     distances = np.empty(len(queries), dtype=np.float32)
     for start in range(0, len(queries), _ROWS):
         rows = slice(start, start + _ROWS)

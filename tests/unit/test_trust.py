@@ -113,6 +113,14 @@ def test_one_image_a_lesion_gives_the_textbook_quantile(lesions: int, alpha: flo
     assert quantiles[0] == pytest.approx(np.sort(scores)[rank - 1])
 
 
+@pytest.mark.parametrize("images", [2, 3, 7])
+def test_equal_images_of_a_lesion_count_once(images: int) -> None:
+    scores = np.linspace(0.01, 0.8, 9)[np.repeat(np.arange(9), images)]
+    p = np.column_stack([1 - scores, scores])
+    found = fit_conformal(p, np.zeros(len(p), dtype=int), np.repeat(np.arange(9), images))
+    assert found[0] == pytest.approx(0.8)  # as with one image a lesion: the ninth of nine
+
+
 def test_too_few_lesions_put_the_class_into_every_set() -> None:
     p = np.tile([0.9, 0.1], (80, 1))
     labels, eight = np.zeros(80, dtype=int), np.arange(80) % 8  # 80 images, but only 8 lesions
@@ -246,11 +254,13 @@ def test_the_distance_is_that_of_the_kth_neighbour() -> None:
 def test_a_lesion_is_no_neighbour_of_itself() -> None:
     rng = np.random.default_rng(9)
     features = cone(200, 0, rng)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    between = np.linalg.norm(unit[:, None] - unit[None], axis=2) + 9 * np.eye(200)
+    expected = np.quantile(between.min(axis=1), 0.95)
+    assert fit_ood(features, np.arange(200), k=1)[0].threshold == pytest.approx(expected, rel=0.01)
     copies = np.repeat(np.arange(200), 6)  # six identical images of each lesion: their own distance would be 0
-    assert fit_ood(features[copies], copies, k=6)[0].threshold == pytest.approx(
-        fit_ood(features, np.arange(200), k=1)[0].threshold, rel=0.02
-    )
-    assert fit_ood(features[copies], np.arange(1200), k=5)[0].threshold < 0.05
+    assert fit_ood(features[copies], copies, k=6)[0].threshold == pytest.approx(expected, rel=0.01)
+    assert fit_ood(features[copies], np.arange(1200), k=5)[0].threshold < 0.01
 
 
 def test_distances_do_not_depend_on_the_piece_size(monkeypatch: pytest.MonkeyPatch) -> None:
