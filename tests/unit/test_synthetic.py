@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from dermaflow.datasets.synthetic.generate import COLUMNS, View, draw_view
 from dermaflow.datasets.synthetic.lesions import KINDS, Film, draw_lesion
 from dermaflow.datasets.synthetic.marginals import AGES, IMAGES, LEAST_LESIONS, SEX, Lesion, draw_lesions, image_quotas
 from dermaflow.datasets.synthetic.scene import SITES
-from dermaflow.errors import DataError
+from dermaflow.errors import DataError, StorageError
 from dermaflow.taxonomy import CODES
 
 SMALL = {"height": 60, "width": 80}
@@ -228,11 +229,24 @@ def test_bad_requests_say_what_is_possible(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least 7"):
         generate(tmp_path / "x", 3, 0, **SMALL)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file/x"):
+        generate(tmp_path / "file" / "x", 7, 0, **SMALL)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        generate(tmp_path / "ham", 7, 0, **SMALL)
+    assert not list(tmp_path.iterdir())
 
 
 def test_mean_colour_does_not_separate_the_classes_but_structure_helps(tmp_path: Path) -> None:
     """Logistic regression on the mean colour stays weak; adding local contrast at three scales beats it clearly."""
-    generate(tmp_path / "ham", 700, 11, height=75, width=100)
+    generate(tmp_path / "ham", 700, 12, height=75, width=100)
     table = pd.read_csv(tmp_path / "ham" / "HAM10000_metadata.csv")
     paths = {p.stem: p for p in (tmp_path / "ham").glob("HAM10000_images_part_*/*.jpg")}
     pixels = np.stack([np.asarray(Image.open(paths[name]), np.float32) / 255 for name in table.image_id])

@@ -8,9 +8,9 @@ import logging
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 from dermaflow.datasets.synthetic.lesions import draw_lesion
 from dermaflow.datasets.synthetic.marginals import Lesion, draw_lesions
 from dermaflow.datasets.synthetic.scene import SITES, add_bubbles, add_ink, add_lines, skin, through_lens
-from dermaflow.errors import DataError
+from dermaflow.errors import DataError, StorageError
 from dermaflow.storage import folder_atomic
 from dermaflow.taxonomy import CODES
 
@@ -32,6 +32,7 @@ FIRST_NUMBER = 9_000_000
 """Far from the real ISIC numbers, so that a synthetic image is never taken for one of the known hidden duplicates."""
 JPEG_QUALITY = 90
 SMALLEST = 48  # pixels; below that no structure is left
+Drawn = tuple[bytes, bytes]  # JPEG and PNG
 COLUMNS = ("lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization", "dataset")
 
 
@@ -112,37 +113,55 @@ def generate(
     lesions = draw_lesions(plan, images)
     owners = [lesion for lesion in lesions for _ in range(lesion.images)]
     views = [View(number, owners[i]) for number, i in enumerate(plan.permutation(images))]
-    with folder_atomic(out) as folder:
-        parts = [folder / f"HAM10000_images_part_{1 + (2 * view.number >= images)}" for view in views]
-        masks = folder / "HAM10000_segmentations"
-        for place in (*sorted(set(parts)), masks):
-            place.mkdir()
-        with (folder / "HAM10000_metadata.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows(view.row for view in views)
-        with ExitStack() as stack:
-            drawn: Iterable[tuple[bytes, bytes]]
-            draw = partial(draw_view, seed=seed, height=height, width=width)
-            if workers > 1:  # spawned, because a fork of a process with threads (torch, Ray) can hang
-                context = multiprocessing.get_context("spawn")
-                pool = ProcessPoolExecutor(workers, mp_context=context)
-                stack.callback(pool.shutdown, cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
-                drawn = pool.map(draw, views, chunksize=8)
-            else:
-                drawn = map(draw, views)
-            for view, part, (jpeg, png) in zip(views, parts, drawn, strict=True):
-                (part / f"{view.image_id}.jpg").write_bytes(jpeg)
-                (masks / f"{view.image_id}_segmentation.png").write_bytes(png)
-                if progress:
-                    progress(view.number + 1, images)
+    draw = partial(draw_view, seed=seed, height=height, width=width)
+    try:
+        with folder_atomic(out) as folder, _drawing(draw, views, workers) as drawn:
+            _write(folder, views, drawn, progress)
+    except OSError as error:
+        raise StorageError(
+            f"could not write: {error.strerror or error}", where=out, expected="a writable disk with free space"
+        ) from error
     found = Counter(view.lesion.dx for view in views)
     summary = SyntheticSummary(images, len(lesions), {code: found[code] for code in CODES}, time.perf_counter() - start)
     log.info("drew %d images of %d lesions in %.1f s", images, len(lesions), summary.seconds)
     return summary
 
 
-def draw_view(view: View, *, seed: int, height: int, width: int) -> tuple[bytes, bytes]:
+@contextmanager
+def _drawing(draw: Callable[[View], Drawn], views: list[View], workers: int) -> Iterator[Iterable[Drawn]]:
+    """The drawn views in their order, from this process or from several."""
+    if workers == 1:
+        yield map(draw, views)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads (torch, Ray) can hang
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    try:
+        yield pool.map(draw, views, chunksize=8)
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
+
+
+def _write(
+    folder: Path, views: list[View], drawn: Iterable[Drawn], progress: Callable[[int, int], None] | None
+) -> None:
+    """Metadata, images in two halves and masks, into an empty folder."""
+    parts = [folder / f"HAM10000_images_part_{number}" for number in (1, 2)]
+    masks = folder / "HAM10000_segmentations"
+    for place in (*parts, masks):
+        place.mkdir()
+    with (folder / "HAM10000_metadata.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(view.row for view in views)
+    for view, (jpeg, png) in zip(views, drawn, strict=True):
+        part = parts[2 * view.number >= len(views)]
+        (part / f"{view.image_id}.jpg").write_bytes(jpeg)
+        (masks / f"{view.image_id}_segmentation.png").write_bytes(png)
+        if progress:
+            progress(view.number + 1, len(views))
+
+
+def draw_view(view: View, *, seed: int, height: int, width: int) -> Drawn:
     """One image of a lesion and its mask.
 
     Args:

@@ -51,7 +51,7 @@ def skin(rng: np.random.Generator, site: Site, height: int, width: int) -> Pixel
         float32 ``(height, width, 3)`` in 0..1.
     """
     colour = np.array(site.skin, np.float32) / 255 * np.exp(rng.normal(0, site.spread * 0.7))
-    warm, pale = rng.normal(0, site.spread * 0.5, 2)
+    warm, pale = rng.normal(0, site.spread * 0.35, 2)
     colour *= np.exp(warm * np.array([0.3, 0.0, -1.0]) + pale * np.array([0.0, 1.0, 0.6]))
     colour[1:] = np.minimum(colour[1:], np.array([0.86, 0.95]) * colour[0])  # skin is never green or blue
     coarse, fine = (smooth_noise(rng, height, width, cell * height) for cell in (0.35, 0.05))
