@@ -50,7 +50,7 @@ def ham_like(images: int = 2000, lesions: int = 1500, seed: int = 7) -> pd.DataF
     }
     table = pd.DataFrame(
         {
-            "image_id": [f"ISIC_{i:07d}" for i in range(images)],
+            "image_id": [f"ISIC_{24306 + i:07d}" for i in range(images)],
             "lesion_id": [f"HAM_{i:07d}" for i in lesion],
             "dx": np.array(CODES)[truth],
             "dx_type": np.where(

@@ -49,11 +49,9 @@ def estimate(
     if not np.isfinite(value):
         return Estimate(value=None, reason=undefined)
     if lesions < MIN_LESIONS:
-        return Estimate(
-            value=value, reason=f"no interval: it rests on {lesions} lesions, at least {MIN_LESIONS} needed"
-        )
+        return Estimate(value=value, reason=f"no interval: {lesions} lesions only")
     draws = draws[np.isfinite(draws)]
     if draws.size == 0 or np.ptp(draws) < 1e-12:
-        return Estimate(value=value, reason="no interval: every resample gives the same figure")
+        return Estimate(value=value, reason="no interval: all resamples agree")
     low, high = np.quantile(draws, QUANTILES)
     return Estimate(value=value, low=float(low), high=float(high))

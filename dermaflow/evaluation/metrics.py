@@ -88,15 +88,21 @@ def roc_curves(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> 
         False and true positive rate, [R, T] each, from (0, 0) to (1, 1); NaN where a resample holds one side only.
     """
     order = np.argsort(-score, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))  # the last image of each threshold
+    starts = np.flatnonzero(
+        np.append(np.append(True, np.diff(score[order]) != 0), True)
+    )  # of each threshold, and the end
+    tp, fp = np.zeros((2, len(weights), len(order) + 1))
     sorted_weights = weights[:, order]
-    found = np.cumsum(sorted_weights * positive[order], axis=1)[:, ends]
-    everything = np.cumsum(sorted_weights, axis=1)[:, ends]
-    start = np.zeros((len(weights), 1))
-    tp, fp = np.hstack([start, found]), np.hstack([start, everything - found])
+    np.cumsum(sorted_weights, axis=1, out=fp[:, 1:])
+    np.cumsum(sorted_weights * positive[order], axis=1, out=tp[:, 1:])
+    if len(starts) < tp.shape[1]:
+        tp, fp = tp[:, starts], fp[:, starts]
+    fp -= tp
     one_sided = (tp[:, -1] == 0) | (fp[:, -1] == 0)
     tp[one_sided] = fp[one_sided] = np.nan
-    return fp / fp[:, -1:], tp / tp[:, -1:]
+    tp /= tp[:, -1:].copy()
+    fp /= fp[:, -1:].copy()
+    return fp, tp
 
 
 def area(fpr: np.ndarray, tpr: np.ndarray) -> np.ndarray:

@@ -250,7 +250,7 @@ def conformal_figures(sample: Sample, calibration: Calibration) -> ConformalFigu
         mean_set_size=sample.mean(size),
         singletons=sample.mean(size == 1),
         melanoma_sets_with_a_malignant_class=sample.mean(
-            sets[:, _MALIGNANT].any(axis=1), sample.truth == MELANOMA, "no image is melanoma"
+            sets[:, _MALIGNANT].sum(axis=1) > 0, sample.truth == MELANOMA, "no image is melanoma"
         ),
     )
 

@@ -22,6 +22,9 @@ AGE_BANDS: tuple[tuple[str, float, float], ...] = (
 """Name, first age, first age beyond, in years."""
 
 
+_BAND_ORDER = {name: place for place, name in enumerate([*(band[0] for band in AGE_BANDS), UNKNOWN])}
+
+
 def age_bands(age: pd.Series) -> pd.Series:
     """Name of the age band of each image; ``unknown`` where the age is missing."""
     bands = pd.Series(UNKNOWN, index=age.index, dtype=object)
@@ -39,7 +42,7 @@ def slices(predictions: pd.DataFrame, sample: Sample, calibration: Calibration) 
         calibration: Operating points and priors.
 
     Returns:
-        Slices by kind, largest first within a kind.
+        Slices by kind; within a kind ages ascending, others largest first.
     """
     kinds = {
         "site": predictions["site"],
@@ -52,7 +55,7 @@ def slices(predictions: pd.DataFrame, sample: Sample, calibration: Calibration) 
     for kind, column in kinds.items():
         names = column.fillna(UNKNOWN).astype(str).to_numpy()
         kept = [_slice(kind, name, sample.only(names == name), calibration) for name in np.unique(names)]
-        found += sorted(kept, key=lambda s: -s.counts.images)
+        found += sorted(kept, key=lambda part: _BAND_ORDER.get(part.name, 0) if kind == "age" else -part.counts.images)
     return found
 
 
