@@ -137,7 +137,9 @@ def _making_facts(bundle: Bundle) -> tuple[tuple[str, str], ...]:
         facts.append(
             (
                 "calibration",
-                f"temperature {calibration.temperature:.3f}, melanoma threshold {calibration.mel_threshold:.3f}, "
+                f"temperature {calibration.temperature:.3f}"
+                + (", a bias for each class" if any(calibration.bias) else "")
+                + f", melanoma threshold {calibration.mel_threshold:.3f}, "
                 f"on {calibration.images:,} images of {calibration.lesions:,} lesions",
             )
         )

@@ -68,7 +68,8 @@ def write_report(
         )
     measured = evaluation.model_copy(update={"provenance": _provenance(bundle, command)})
     sample = read_sample(predictions, seed=evaluation.seed, resamples=1)
-    predicted = decide(sample.probabilities, bundle.calibration.operating_points[0], bundle.calibration.priors)
+    points = {point.name: point for point in bundle.calibration.operating_points}
+    predicted = decide(sample.probabilities, points["accuracy"], bundle.calibration.priors)
     dismissed, others = worst_mistakes(predictions, sample, predicted, images)
     sections = card_sections(bundle, measured, predictions["image_id"].astype(str), command)
     everything = measured.populations["all"]
@@ -79,7 +80,7 @@ def write_report(
         sentences=wording.headline_sentences(everything, bundle.calibration.operating_points),
         notes=wording.small_data_notes(everything),
         populations={"all": "All images", "histology": "Histology-proven only"},
-        rules={point.name: wording.rule(point) for point in bundle.calibration.operating_points},
+        rules={name: wording.rule(point) for name, point in points.items()},
         matrices={name: _matrix(point) for name, point in everything.points.items()},
         reliability=plots.reliability(sample.truth, sample.probabilities),
         roc=plots.roc(sample.truth, sample.probabilities),

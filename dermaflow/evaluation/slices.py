@@ -21,7 +21,6 @@ AGE_BANDS: tuple[tuple[str, float, float], ...] = (
 )
 """Name, first age, first age beyond, in years."""
 
-
 _BAND_ORDER = {name: place for place, name in enumerate([*(band[0] for band in AGE_BANDS), UNKNOWN])}
 
 
@@ -34,7 +33,7 @@ def age_bands(age: pd.Series) -> pd.Series:
 
 
 def slices(predictions: pd.DataFrame, sample: Sample, calibration: Calibration) -> list[Slice]:
-    """Figures of every slice of every kind.
+    """Figures of every slice of every kind, from the resamples of the whole split.
 
     Args:
         predictions: One row an image, aligned with the sample.
@@ -65,9 +64,9 @@ def _slice(kind: str, name: str, sample: Sample, calibration: Calibration) -> Sl
         return described.model_copy(update={"note": f"fewer than {MIN_IMAGES} images: counts only"})
     points = {point.name: point_figures(sample, point, calibration.priors) for point in calibration.operating_points}
     sensitivity = {
-        name: points[name].classes["mel"].sensitivity
-        for name in ("accuracy", "melanoma_safe")
-        if "mel" in points[name].classes
+        point: points[point].classes["mel"].sensitivity
+        for point in ("accuracy", "melanoma_safe")
+        if "mel" not in described.absent
     }
     return described.model_copy(
         update={
