@@ -33,6 +33,7 @@ class InputSpec(_Strict):
     width: int
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
+    views: Literal[1, 4] = 1  # 4: logits are the mean over the image and its flips
 
 
 class OperatingPoint(_Strict):

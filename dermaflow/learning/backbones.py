@@ -1,0 +1,131 @@
+"""The networks: a backbone that gives features and a linear head that gives logits."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torchvision
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from dermaflow.errors import RecipeError
+from dermaflow.taxonomy import CODES
+
+log = logging.getLogger(__name__)
+
+BackboneName = Literal["seed_cnn", "vgg16", "resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "convnext_tiny"]
+
+
+class BackboneConfig(BaseModel):
+    """Which network, and where its first weights come from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: BackboneName = "mobilenet_v2"
+    weights: str | None = Field(
+        None, description="imagenet (torchvision's, from its cache or its download), a .pth or .safetensors file, or none."
+    )
+    dropout: float = Field(0.2, ge=0, lt=1, description="Before the head.")
+
+
+class Network(nn.Module):
+    """A backbone and a linear head.
+
+    Input float32 [N, 3, H, W]; `forward` gives logits [N, 7], `features` the backbone's output [N, D].
+    """
+
+    def __init__(self, body: nn.Module, width: int, dropout: float) -> None:
+        super().__init__()
+        self.body = body
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, len(CODES))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Features [N, D] of images [N, 3, H, W]."""
+        return self.body(images)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.dropout(self.features(images)))
+
+
+class SeedCnn(nn.Module):
+    """The seed project's own network: three times convolution, ReLU, pooling, dropout; then 128 features."""
+
+    width = 128
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inside, outside in ((3, 32), (32, 64), (64, 128)):
+            layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d((4, 4)), nn.Flatten(), nn.Linear(128 * 16, 128), nn.ReLU())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features [N, 128] of images [N, 3, H, W]."""
+        return self.layers(images)
+
+
+def build(config: BackboneConfig) -> Network:
+    """Build a network with its first weights; the head is always new.
+
+    Raises:
+        RecipeError: The weights are not there or do not fit the backbone.
+    """
+    body, width = _body(config.name, imagenet=config.weights == "imagenet")
+    if config.weights not in (None, "none", "imagenet"):
+        _load_file(body, Path(str(config.weights)), config.name)
+    return Network(body, width, config.dropout)
+
+
+def _body(name: str, *, imagenet: bool) -> tuple[nn.Module, int]:
+    """The backbone without its classifier, and the number of its features."""
+    if name == "seed_cnn":
+        if imagenet:
+            raise RecipeError("seed_cnn has no ImageNet weights", where="backbone.weights", expected="none or a file")
+        return SeedCnn(), SeedCnn.width
+    try:
+        model = torchvision.models.get_model(name, weights="DEFAULT" if imagenet else None)
+    except OSError as error:  # no network and not in torchvision's cache
+        raise RecipeError(
+            f"ImageNet weights of {name} could not be downloaded: {error}", where="backbone.weights",
+            todo="put torchvision's file into its cache (TORCH_HOME) or pass --weights FILE",
+        ) from error  # fmt: skip
+    for classifier in ("fc", "classifier"):
+        if hasattr(model, classifier):
+            last = getattr(model, classifier)
+            if isinstance(last, nn.Sequential):  # vgg16 and convnext_tiny keep what stands before the last layer
+                keep = [layer for layer in last[:-1] if not isinstance(layer, nn.Dropout)]
+                setattr(model, classifier, nn.Sequential(*keep))
+                last = last[-1]
+            else:
+                setattr(model, classifier, nn.Identity())
+            return model, last.in_features
+    raise RecipeError(f"backbone {name} has no classifier to replace", where="backbone.name")
+
+
+def _load_file(body: nn.Module, path: Path, name: str) -> None:
+    """Load a state dict without its classifier; everything else must be there and fit."""
+    if not path.is_file():
+        raise RecipeError("no such weights file", where=path, expected=f"a torchvision state dict of {name}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
+        raise RecipeError(f"unreadable weights: {error}", where=path, expected="a .pth state dict or .safetensors") from error
+    own = body.state_dict()
+    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    wrong = [key for key in wrong if not key.endswith("num_batches_tracked")]
+    if wrong:
+        raise RecipeError(
+            f"{len(wrong)} of {len(own)} tensors are missing or of another shape, the first is {wrong[0]}", where=path,
+            expected=f"weights of {name}", todo="name the backbone that the file belongs to in the recipe",
+        )  # fmt: skip
+    body.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    log.info("initial weights: %s, %d tensors", path.name, len(own))

@@ -1,0 +1,50 @@
+"""Losses over logits [N, 7] and class indices [N], with class weights from the balancing strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch.nn import functional
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class LossConfig(BaseModel):
+    """Which loss."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Literal["cross_entropy", "focal", "logit_adjusted"] = "cross_entropy"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    gamma: float = Field(2.0, ge=0, description="focal only: how much easy images are played down.")
+    tau: float = Field(1.0, ge=0, description="logit_adjusted only: how much of the class prior is added to the logits.")
+
+
+def make_loss(config: LossConfig, class_weights: torch.Tensor, priors: torch.Tensor) -> Loss:
+    """The loss as a function.
+
+    Sources: focal, Lin et al. 2017 (arXiv 1708.02002); logit_adjusted, Menon et al. 2021 (arXiv 2007.07314).
+
+    Args:
+        config: Which loss.
+        class_weights: float32 [7], weight of each class.
+        priors: float32 [7], frequency of each class in training, sum 1.
+
+    Returns:
+        A function of logits float [N, 7] and targets int64 [N]. Each image counts with the weight of its class and the
+        sum is divided by the number of images, so that the mean over workers is the mean over the global batch.
+    """
+    shift = config.tau * torch.log(priors.clamp_min(1e-6)) if config.name == "logit_adjusted" else torch.zeros_like(priors)
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = logits.float() + shift
+        each = functional.cross_entropy(logits, targets, reduction="none", label_smoothing=config.label_smoothing)
+        if config.name == "focal":
+            p_true = functional.softmax(logits, dim=1).gather(1, targets[:, None])[:, 0]
+            each = each * (1 - p_true) ** config.gamma
+        return (each * class_weights[targets]).mean()
+
+    return loss

@@ -1,0 +1,98 @@
+"""Optimiser, learning-rate schedule and precision."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from dermaflow.learning.backbones import Network
+from dermaflow.settings import settings
+
+log = logging.getLogger(__name__)
+
+
+class OptimConfig(BaseModel):
+    """How the weights move, in two phases: the head alone on a frozen backbone, then everything."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    batch_size: int = Field(32, ge=1, description="Over all workers together.")
+    head_epochs: int = Field(1, ge=0, description="Epochs with a frozen backbone.")
+    head_lr: float = Field(3e-3, gt=0)
+    epochs: int = Field(15, ge=0, description="Epochs with everything trained, after the head epochs.")
+    lr: float = Field(1e-3, gt=0, description="Peak rate of the last layers of the backbone and of the head.")
+    layer_decay: float = Field(0.6, gt=0, le=1, description="Rate of each quarter of the backbone relative to the next.")
+    weight_decay: float = Field(0.05, ge=0, description="Not on biases and normalisation.")
+    schedule: Literal["cosine", "one_cycle"] = "cosine"
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of a phase's steps in which the rate rises.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    ema: float = Field(0.0, ge=0, lt=1, description="Decay a step of the averaged weights that are kept; 0 for none.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast where the hardware computes in it, else float32."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many epochs without a better validation loss; needs validation_fold."
+    )
+
+
+def make_optimizer(network: Network, config: OptimConfig, *, head_only: bool) -> torch.optim.Optimizer:
+    """Parameter groups with their peak rates; freezes the backbone's parameters when only the head is trained."""
+    for parameter in network.body.parameters():
+        parameter.requires_grad_(not head_only)
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+
+    def put(parameter: torch.nn.Parameter, rate: float) -> None:
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+
+    for parameter in network.head.parameters():
+        put(parameter, config.head_lr if head_only else config.lr)
+    if not head_only:
+        body = list(network.body.parameters())
+        for i, parameter in enumerate(body):
+            quarters_above = 3 - 4 * i // len(body)
+            put(parameter, config.lr * config.layer_decay**quarters_above)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind([{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()], fused=True)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LRScheduler:
+    """Rates over the `steps` of a phase: up during `warmup`, then down to nearly nothing."""
+    if config.schedule == "one_cycle":  # Smith and Topin 2017 (arXiv 1708.07120)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=max(config.warmup, 1 / (steps + 1)))
+    rising = config.warmup * steps
+
+    def rate(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, steps - rising))))
+
+    return LambdaLR(optimizer, rate)
+
+
+def pick_device() -> torch.device:
+    """The device of ``DERMAFLOW_DEVICE``, or a GPU where there is one; says which in the log."""
+    wanted = settings().device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(wanted)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    log.info("device: %s (%s)", device, name)
+    return device
+
+
+def pick_precision(config: OptimConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 only where it is computed in hardware: emulated on a CPU it costs ten times float32."""
+    if config.precision != "auto":
+        return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32

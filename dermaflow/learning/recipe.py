@@ -1,0 +1,129 @@
+"""A recipe: everything that decides what a training run gives, in one YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dermaflow.errors import RecipeError
+from dermaflow.learning.augmentation import AugmentConfig
+from dermaflow.learning.backbones import BackboneConfig
+from dermaflow.learning.losses import LossConfig
+from dermaflow.learning.optimisation import OptimConfig
+from dermaflow.preparation.balancing import BalanceConfig
+from dermaflow.preparation.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dermaflow.schemas.bundle import InputSpec
+
+
+class SizeConfig(BaseModel):
+    """Size of the network's input in pixels, and how an image is looked at."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    height: int = Field(144, ge=16, le=1024)
+    width: int = Field(192, ge=16, le=1024)
+    views: int = Field(1, description="1, or 4: mean over the image and its flips when predicting.")
+
+
+class Recipe(BaseModel):
+    """The components' configurations, side by side."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    description: str = ""
+    seed: int = 0
+    input: SizeConfig = SizeConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    balance: BalanceConfig = BalanceConfig()
+    loss: LossConfig = LossConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    validation_fold: int | None = Field(
+        None, ge=0, description="Keep this lesion fold out of training for validation and early stopping."
+    )
+    monitor_every: int = Field(1, ge=1, description="Epochs between looks at the validation loss.")
+
+    @model_validator(mode="after")
+    def _patience_needs_a_fold(self) -> Recipe:
+        if self.optim.patience is not None and self.validation_fold is None:
+            raise ValueError("optim.patience needs validation_fold: nothing may be chosen on calibration or test")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content; two runs with the same digest, data and weights are the same experiment."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """The part of the recipe that a finished model needs to look at an image."""
+        return InputSpec(
+            height=self.input.height, width=self.input.width, mean=IMAGENET_MEAN, std=IMAGENET_STD, views=self.input.views
+        )
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with DermaFlow."""
+    folder = resources.files("dermaflow.learning") / "recipes"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_file: str, changes: dict[str, Any] | None = None) -> Recipe:
+    """Load a shipped recipe by name or a YAML file, with changes on top.
+
+    Args:
+        name_or_file: For instance ``ham10000-cpu`` or ``my/recipe.yaml``.
+        changes: Dotted keys and values, as in ``{"optim.epochs": 3}``.
+
+    Raises:
+        RecipeError: No such recipe, a misspelt key or an impossible value.
+    """
+    file = Path(name_or_file)
+    if file.suffix in (".yaml", ".yml"):
+        if not file.is_file():
+            raise RecipeError("no such file", where=file, expected="a recipe", todo="see dermaflow train --help")
+        text = file.read_text(encoding="utf-8")
+    elif name_or_file in shipped_recipes():
+        text = (resources.files("dermaflow.learning") / "recipes" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+    else:
+        raise RecipeError(
+            f"no recipe {name_or_file!r}", expected="one of " + ", ".join(shipped_recipes()) + ", or a .yaml file"
+        )
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not YAML: {error}", where=name_or_file) from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"a {type(content).__name__}", where=name_or_file, expected="keys and values")
+    for key, value in (changes or {}).items():
+        _set(content, key, value)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError("; ".join(_explain(item) for item in error.errors()), where=name_or_file) from error
+
+
+def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+    content[last] = value
+
+
+def _explain(item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return f"{place or 'recipe'}: {item['msg']} (found {item['input']!r})" if place else str(item["msg"])
+    model: type[BaseModel] = Recipe
+    for part in item["loc"][:-1]:
+        model = model.model_fields[part].annotation  # type: ignore[assignment]
+    near = difflib.get_close_matches(item["loc"][-1], model.model_fields, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "expected one of " + ", ".join(model.model_fields)
+    return f"unknown key {place!r}, {hint}"

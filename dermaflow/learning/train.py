@@ -1,0 +1,122 @@
+"""From shards and a recipe to a calibrated bundle."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from dermaflow.bundles.bundle import LoadedBundle, load_bundle, save_bundle
+from dermaflow.errors import DataError
+from dermaflow.learning.backbones import Network, build
+from dermaflow.learning.inference import predict
+from dermaflow.learning.local import class_counts, fit_here
+from dermaflow.learning.optimisation import pick_device
+from dermaflow.learning.recipe import Recipe
+from dermaflow.preparation.reading import ShardFolder, labels_of
+from dermaflow.schemas.bundle import Bundle, TrainingRecord
+from dermaflow.settings import settings
+from dermaflow.trust.calibrate import calibrate
+
+log = logging.getLogger(__name__)
+
+StepProgress = Callable[[int, int, int, float], None]
+"""Called with epoch, step, steps of the epoch and the mean loss so far."""
+
+
+def train(
+    shards: str | Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    weights: Path | None = None,
+    workers: int | None = None,
+    on_step: StepProgress = lambda epoch, step, steps, loss: None,
+) -> LoadedBundle:
+    """Train a network, calibrate it, write the bundle.
+
+    A run that was cut off goes on from its last epoch when the same call is made again.
+
+    Args:
+        shards: Prepared shard folder.
+        recipe: What to do.
+        out: Folder of the bundle. Checkpoints lie beside it, in ``<out>.checkpoints``, until it is written.
+        weights: First weights of the backbone, in place of the recipe's.
+        workers: Ray Train workers; None trains in this process, without Ray.
+        on_step: Called as the work goes on (in this process only).
+
+    Raises:
+        DataError: The training split is empty.
+        CheckpointError: The checkpoints beside `out` belong to another recipe or other data.
+    """
+    folder = ShardFolder(shards)
+    counts = class_counts(labels_of(folder.metadata("train")["dx"]))
+    if counts.sum() == 0:
+        raise DataError("no training image", where=shards, todo="prepare a larger data set")
+    if weights is not None:
+        backbone = recipe.backbone.model_copy(update={"weights": weights.name})
+        recipe = recipe.model_copy(update={"backbone": backbone})
+    torch.manual_seed(recipe.seed)
+    network = build(recipe.backbone.model_copy(update={"weights": str(weights)}) if weights else recipe.backbone)
+    checkpoints = out.absolute().with_name(out.name + ".checkpoints")
+    started, clock = datetime.now(UTC), time.perf_counter()
+    if workers is None:
+        network, history, device = fit_here(network, recipe, folder, checkpoints, on_step)
+    else:
+        from dermaflow.learning.cluster import fit_on_cluster  # a hospital site has no Ray
+
+        network, history, device = fit_on_cluster(network, recipe, folder, checkpoints, workers)
+    record = TrainingRecord(
+        recipe_name=recipe.name, recipe=recipe.model_dump(mode="json"), recipe_hash=recipe.digest, seed=recipe.seed,
+        data_hash=folder.manifest.data_hash, started=started.isoformat(timespec="seconds"),
+        seconds=time.perf_counter() - clock, epochs=len(history), device=device, workers=workers or 1, history=history,
+        initial_weights=recipe.backbone.weights, versions=_versions(),
+    )  # fmt: skip
+    bundle = Bundle(
+        name=recipe.name, backbone=recipe.backbone.name, input=recipe.input_spec, dropout=recipe.backbone.dropout,
+        train_priors=(counts / counts.sum()).tolist(), training=record,
+    )  # fmt: skip
+    calibrate_and_save(network, bundle, folder, out)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return load_bundle(out)
+
+
+def calibrate_and_save(network: Network, bundle: Bundle, folder: ShardFolder, out: Path) -> None:
+    """Fit everything of `dermaflow.trust` on the calibration split and write the bundle."""
+    spec = bundle.input
+    device = pick_device()
+    log.info("calibrating on %d images", sum(folder.manifest.counts["calibration"].values()))
+    meta = folder.metadata("calibration")
+    pixels = folder.pixels("calibration", spec.height, spec.width, threads=settings().threads)
+    network = network.to(device, memory_format=torch.channels_last)
+    logits, features = predict(network, pixels, spec)
+    calibration, stored = calibrate(
+        logits, features, labels_of(meta["dx"]), meta["lesion_id"].to_numpy(), seed=bundle.training.seed
+    )
+    bundle = bundle.model_copy(update={"calibration": calibration})
+    save_bundle(out, bundle, network.state_dict(), stored, _card(bundle))
+
+
+def _card(bundle: Bundle) -> str:
+    """The card of a model that was not evaluated yet; `dermaflow evaluate` writes the full one."""
+    return (
+        f"# {bundle.name}\n\nTrained by recipe `{bundle.training.recipe_name}`, seed {bundle.training.seed}, "
+        f"{bundle.training.epochs} epochs. Not evaluated yet: run `dermaflow evaluate`.\n"
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("dermaflow", "torch", "torchvision", "numpy", "ray"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a hospital site has no Ray
+            continue
+    return found
