@@ -70,9 +70,13 @@ def assign_lesions(
 def _spread(
     lesions: pd.DataFrame, fractions: Mapping[Hashable, float] | Mapping[str, float], salt: str, known: Mapping[str, Hashable]
 ) -> list[Hashable]:
-    """Error diffusion: the part that lags furthest behind its share, in the stratum and in the diagnosis, gets the next."""
+    """Error diffusion: the part that lags furthest behind its share, in the stratum and in the diagnosis, gets the next.
+
+    A part without any lesion of the diagnosis comes first, so that also a diagnosis of few lesions stands in every part.
+    """
     parts: Sequence[Hashable] = list(fractions)
     lag: dict[tuple[str, ...], dict[Hashable, float]] = {}
+    missing: dict[str, set[Hashable]] = {}
     place: dict[str, Hashable] = {}
 
     def order(lesion_id: str) -> tuple[bool, bytes]:  # known lesions first, so that the new ones even out what they left
@@ -86,7 +90,9 @@ def _spread(
                 tally[part] += fractions[part] * images  # type: ignore[index]
         chosen = known.get(lesion_id)
         if chosen is None:
-            chosen = max(parts, key=lambda part: sum(tally[part] for tally in tallies))
+            candidates = [part for part in parts if part in missing.get(dx, parts)] or parts
+            chosen = max(candidates, key=lambda part: sum(tally[part] for tally in tallies))
+        missing.setdefault(dx, set(parts)).discard(chosen)
         for tally in tallies:
             tally[chosen] -= images
         place[lesion_id] = chosen
