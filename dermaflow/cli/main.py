@@ -9,7 +9,9 @@ import typer
 import yaml
 
 from dermaflow import __version__
-from dermaflow.cli.console import bars, command, console
+from dermaflow.cli import data as data_commands
+from dermaflow.cli import models as model_commands
+from dermaflow.cli.console import bars, command, console, print_table
 from dermaflow.errors import DataError, RecipeError
 from dermaflow.settings import settings
 
@@ -23,6 +25,9 @@ The main job, step by step: **data check**, **prepare**, **train**, **evaluate**
 See all of it on synthetic images with **demo**. Machine settings are environment variables DERMAFLOW_*
 (DATA, REGISTRY, THREADS, DEVICE, LOG_LEVEL).""",
 )
+
+app.add_typer(data_commands.app, name="data")
+app.add_typer(model_commands.app, name="models")
 
 Shards = Annotated[str, typer.Option(help="Folder that `dermaflow prepare` wrote, local or s3://.")]
 
@@ -56,7 +61,9 @@ def prepare(
 
     data = data or settings().data
     if data is None:
-        raise DataError("no data folder", expected="--data DIR or DERMAFLOW_DATA", todo="or make one: dermaflow data synth")
+        raise DataError(
+            "no data folder", expected="--data DIR or DERMAFLOW_DATA", todo="or make one: dermaflow data synth"
+        )
     with bars() as show:
         done = run(
             data, out, seed=seed, fractions={"train": train, "calibration": calibration, "test": test}, folds=folds,
@@ -64,7 +71,9 @@ def prepare(
         )  # fmt: skip
     for split, counts in done.manifest.counts.items():
         classes = "  ".join(f"{dx} {n}" for dx, n in counts.items())
-        console.print(f"{split:12} {sum(counts.values()):6} images of {done.manifest.lesions[split]:5} lesions   {classes}")
+        console.print(
+            f"{split:12} {sum(counts.values()):6} images of {done.manifest.lesions[split]:5} lesions   {classes}"
+        )
     console.print(
         f"{out}: {len(done.manifest.shards)} shards, {done.written} written now, {done.inspected} images read, "
         f"{done.manifest.quarantined} quarantined, data {done.manifest.data_hash[:12]}",
@@ -105,6 +114,61 @@ def train(
     record = loaded.bundle.training
     console.print(f"{out}: {record.epochs} epochs in {record.seconds / 60:.1f} min, model {loaded.sha256[:12]}")
     console.print(f"next: dermaflow evaluate --model {out} --shards {shards} --out REPORT", soft_wrap=True)
+
+
+@app.command()
+@command
+def evaluate(
+    model: Annotated[str, typer.Option(help="Model bundle, local or s3://.")],
+    shards: Shards,
+    out: Annotated[Path, typer.Option(help="Folder of the report: report.html, metrics.json, predictions.parquet.")],
+    seed: Annotated[int, typer.Option(help="Seed of the lesion bootstrap.")] = 0,
+    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the lesion bootstrap.")] = 1000,
+) -> None:
+    """Measure a model on the test split, with lesion-bootstrap intervals, and write the report.
+
+    Example: dermaflow evaluate --model runs/model --shards runs/shards --out runs/report
+    """
+    from dermaflow.evaluation.run import evaluate_bundle
+
+    typed = f"dermaflow evaluate --model {model} --shards {shards} --out {out} --seed {seed} --resamples {resamples}"
+    with bars() as show:
+        found = evaluate_bundle(model, shards, out, seed=seed, resamples=resamples, command=typed, progress=show)
+    rows = [[name.replace("_", " "), f"{value:.4f}"] for name, value in found.headline().items()]
+    print_table("on the test split, all images; intervals are in the report", ["figure", "value"], rows)
+    console.print(f"report: {(out / 'report.html').absolute()}", soft_wrap=True)
+
+
+@app.command()
+@command
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("demo-run"),
+    images: Annotated[int, typer.Option(min=200, help="Synthetic images to draw.")] = 1200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
+) -> None:
+    """The main job on synthetic images: draw, check, prepare, train, evaluate, promote; some minutes on two cores.
+
+    Run it again: what is done is not done again.
+    """
+    registry = str(out / "registry")
+    source, shards, model, report = out / "data", out / "shards", out / "model", out / "report"
+    steps = [
+        ("draw a synthetic HAM10000", source.exists(),
+         lambda: data_commands.synth(source, images=images, seed=seed, height=150, width=200)),
+        ("check it", False, lambda: data_commands.check(source)),
+        ("split by lesion, write shards", False, lambda: prepare(str(shards), data=source, seed=seed)),
+        ("train", model.exists(), lambda: train(str(shards), "demo", model)),
+        ("evaluate", (report / "report.html").exists(), lambda: evaluate(str(model), str(shards), report)),
+        ("register and promote", False, lambda: model_commands.add(model, registry=registry)),
+        ("", False, lambda: model_commands.promote("demo", reason="demo", registry=registry)),
+        ("", False, lambda: model_commands.list_(registry=registry)),
+    ]  # fmt: skip
+    for title, done, step in steps:
+        if title:
+            console.rule(f"[bold]{title}{' (done before)' if done else ''}", align="left")
+        if not done:
+            step()
+    console.print(f"\nThe report lies at {(report / 'report.html').absolute()}", soft_wrap=True)
 
 
 def _changes(pairs: list[str]) -> dict[str, Any]:

@@ -7,9 +7,30 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dermaflow.learning.backbones import Network
+from dermaflow.bundles.bundle import LoadedBundle
+from dermaflow.errors import BundleError
+from dermaflow.learning.backbones import BackboneConfig, Network, build
 from dermaflow.preparation.transforms import normalise
 from dermaflow.schemas.bundle import InputSpec
+
+
+def network_of(loaded: LoadedBundle) -> Network:
+    """The network of a bundle, with its weights, on the CPU in channels_last, ready to predict.
+
+    Raises:
+        BundleError: The weights do not fit the backbone that the bundle names.
+    """
+    bundle = loaded.bundle
+    try:
+        config = BackboneConfig.model_validate({"name": bundle.backbone, "dropout": bundle.dropout})
+        network = build(config)
+        network.load_state_dict(loaded.weights)
+    except (ValueError, RuntimeError) as error:
+        raise BundleError(
+            f"weights and backbone {bundle.backbone} do not fit: {error}", where=bundle.name,
+            expected="a bundle that this version of DermaFlow wrote", todo="train it again",
+        ) from error  # fmt: skip
+    return network.to(memory_format=torch.channels_last).eval()
 
 
 def predict(

@@ -88,7 +88,7 @@ def write_shards(tasks: pa.Table, out: str) -> pa.Table:
             # The images are compressed already; dictionary and statistics serve the small columns only.
             pq.write_table(
                 table, stream, row_group_size=ROWS_A_GROUP, compression={"image": "none"}
-                | {name: "zstd" for name in _ROW_COLUMNS}, use_dictionary=["dx", "dx_type", "sex", "localization", "site"],
+                | dict.fromkeys(_ROW_COLUMNS, "zstd"), use_dictionary=["dx", "dx_type", "sex", "localization", "site"],
                 write_statistics=["image_id", "lesion_id"],
             )  # fmt: skip
         size = storage.file_size(storage.join(out, path))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dermaflow import __version__, storage
 from dermaflow.datasets.ham10000 import read_ham10000

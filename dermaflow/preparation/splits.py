@@ -60,7 +60,7 @@ def assign_lesions(
     result = lesions.copy()
     result["split"] = _spread(result, fractions, f"split-{seed}", {k: v["split"] for k, v in known.items()})
     inside = result["split"] != "test"
-    equal = {fold: 1 / folds for fold in range(folds)}
+    equal = dict.fromkeys(range(folds), 1 / folds)
     old_folds = {k: int(v["fold"]) for k, v in known.items() if 0 <= v["fold"] < folds}
     result["fold"] = -1
     result.loc[inside, "fold"] = _spread(result[inside], equal, f"fold-{seed}", old_folds)

@@ -1,0 +1,114 @@
+"""dermaflow models list | add | show | promote | rollback | compare."""
+
+from __future__ import annotations
+
+import getpass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dermaflow.bundles.registry import CHAMPION, Registry, Version
+from dermaflow.cli.console import command, console, print_table
+from dermaflow.settings import settings
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown",
+    help="The registry of models: versions, where they come from, and which one is the champion.",
+)  # fmt: skip
+
+Where = Annotated[str | None, typer.Option("--registry", help="Folder or s3://; default DERMAFLOW_REGISTRY.")]
+Id = Annotated[str, typer.Argument(help="A version, the unique beginning of one, or 'champion'.")]
+_SHOWN = ("accuracy", "balanced_accuracy", "balanced_accuracy_at_balanced", "macro_auc", "ece")
+
+
+def _open(where: str | None) -> Registry:
+    return Registry(where or settings().registry)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+@app.command("list")
+@command
+def list_(registry: Where = None) -> None:
+    """All versions, the oldest first; the champion is marked."""
+    rows = []
+    for version in _open(registry).list():
+        metrics = version.bundle.metrics or {}
+        mark = "★" if version.champion else ""
+        added = f"{version.added:%Y-%m-%d %H:%M}"
+        rows.append(
+            [mark, version.id, version.bundle.training.recipe_name, added, *(_figure(metrics.get(n)) for n in _SHOWN)]
+        )
+    print_table("models", ["", "version", "recipe", "added (UTC)", *(name.replace("_", " ") for name in _SHOWN)], rows)
+
+
+@app.command()
+@command
+def add(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder that `dermaflow train` wrote.")],
+    name: Annotated[str | None, typer.Option(help="Name of the model; default that of its recipe.")] = None,
+    registry: Where = None,
+) -> None:
+    """Put a bundle into the registry as a version that never changes again."""
+    version = _open(registry).add(bundle, name=name)
+    console.print(f"{version.id}; next: dermaflow models promote {version.id} --reason WHY", soft_wrap=True)
+
+
+@app.command()
+@command
+def show(version: Id = CHAMPION, registry: Where = None) -> None:
+    """One version: figures, lineage, card."""
+    found = _open(registry).show(version)
+    training = found.bundle.training
+    rows = [
+        ["sha256", found.sha256], ["recipe", f"{training.recipe_name} ({training.recipe_hash[:12]})"],
+        ["data", training.data_hash], ["seed", str(training.seed)], ["trained", training.started],
+        ["duration", f"{training.seconds / 60:.1f} min, {training.epochs} epochs on {training.device}"],
+        ["initial weights", training.initial_weights or "none"],
+        ["versions", ", ".join(f"{k} {v}" for k, v in training.versions.items())],
+        *([name.replace("_", " "), _figure(value)] for name, value in (found.bundle.metrics or {}).items()),
+    ]  # fmt: skip
+    print_table(found.id + (" ★ champion" if found.champion else ""), ["", ""], rows)
+
+
+@app.command()
+@command
+def promote(
+    version: Id,
+    reason: Annotated[str, typer.Option(help="Why, for those who read the history a year later.")],
+    by: Annotated[str, typer.Option(help="Who decides.")] = getpass.getuser(),
+    registry: Where = None,
+) -> None:
+    """Make a version the champion; the old one stays, and the history says who changed it and why."""
+    _said(_open(registry).promote(version, reason=reason, by=by))
+
+
+@app.command()
+@command
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why.")],
+    by: Annotated[str, typer.Option(help="Who decides.")] = getpass.getuser(),
+    registry: Where = None,
+) -> None:
+    """Go back to the champion before this one."""
+    _said(_open(registry).rollback(reason=reason, by=by))
+
+
+def _said(version: Version) -> None:
+    console.print(f"champion: {version.id}")
+
+
+@app.command()
+@command
+def compare(a: Id, b: Id, registry: Where = None) -> None:
+    """Two versions side by side: figures, and what differs in their recipes."""
+    found = _open(registry).compare(a, b)
+    rows = [[m.name.replace("_", " "), _figure(m.a), _figure(m.b), _figure(m.difference)] for m in found.metrics]
+    print_table("figures on the test split", ["", found.a.id, found.b.id, "b - a"], rows)
+    changes = [[key, str(old), str(new)] for key, (old, new) in found.recipe.items()]
+    print_table("recipe", ["", found.a.id, found.b.id], changes)
+    if not found.same_data:
+        console.print("[yellow]![/] trained on different data: the figures are of different test splits")
