@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Quiet, local, and no telemetry, in all that runs from here.
+export RAY_USAGE_STATS_ENABLED := 0
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+
+.PHONY: help install demo test lint slow bench serve clean
+
+help: ## Say what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+install: $(READY) ## Make .venv and install everything into it
+
+$(READY): pyproject.toml deploy/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[all,dev]'
+	touch $@
+
+demo: $(READY) ## Run the main job on synthetic images and write a report
+	$(BIN)/dermaflow demo
+
+lint: $(READY) ## Style, walls between the packages, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test: lint ## Everything CI runs: lint, walls, types, tests
+	$(BIN)/python -m pytest
+
+slow: $(READY) ## The long tests
+	$(BIN)/python -m pytest -m slow
+
+bench: $(READY) ## Measure again what docs/results.md says of speed
+	$(BIN)/python bench/preparation.py
+	$(BIN)/python bench/training.py
+
+serve: ## Not built yet
+	@echo "serving is not built yet: a trained bundle can be evaluated, registered and promoted, not served"; exit 1
+
+clean: ## Remove what the demo and the installation wrote
+	rm -rf $(VENV) demo-run
