@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dermaflow.errors import DataError
 
@@ -30,7 +29,11 @@ class ImageProblem(DataError):
         self.reason: Reason = reason
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.reason, self.what)
+        return _rebuild, (self.reason, self.what, self.where)
+
+
+def _rebuild(reason: Reason, what: str, where: object) -> ImageProblem:
+    return ImageProblem(reason, what, where=where)
 
 
 class ImageFacts(NamedTuple):
@@ -82,21 +85,27 @@ def _header(data: bytes) -> tuple[int, int, str]:
     if not data:
         raise ImageProblem("empty", "no bytes")
     if len(data) > MAX_BYTES:
-        raise ImageProblem("too_many_bytes", f"{len(data)} bytes, the limit is {MAX_BYTES}")
-    if data[:3] == b"\xff\xd8\xff":
+        raise ImageProblem("too_many_bytes", f"more than {MAX_BYTES} bytes")
+    is_jpeg = data[:3] == b"\xff\xd8\xff"
+    if is_jpeg:
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError as error:
-            raise ImageProblem("truncated", f"JPEG header: {error}") from error
-        name = "JPEG"
-    else:
-        try:
-            with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
-                (width, height), name = image.size, str(image.format)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason: Reason = "too_many_pixels" if isinstance(error, Image.DecompressionBombError) else "not_an_image"
-            raise ImageProblem(reason, f"not readable as {', '.join(_FORMATS)}: {error}") from error
+            return _within_limits(width, height, "JPEG")
+        except ValueError:
+            pass  # rare chroma subsampling is Pillow's; a damaged header fails there too
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return _within_limits(*image.size, str(image.format))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageProblem("too_many_pixels", f"{error}") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        why = str(error).partition(" <")[0]  # without the address of the buffer, so that tables can be compared
+        raise ImageProblem(
+            "truncated" if is_jpeg else "not_an_image", f"not readable as {', '.join(_FORMATS)}: {why}"
+        ) from error
+
+
+def _within_limits(width: int, height: int, name: str) -> tuple[int, int, str]:
     if width * height > MAX_PIXELS:
         raise ImageProblem("too_many_pixels", f"{width} x {height} pixels, the limit is {MAX_PIXELS:,} in all")
     return width, height, name
@@ -104,8 +113,10 @@ def _header(data: bytes) -> tuple[int, int, str]:
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return np.asarray(image.convert("RGB"))
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which `convert` would cut off at 255
+                grey = (np.asarray(image) >> 8).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
+            return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ImageProblem("truncated", f"damaged or cut short: {error}") from error

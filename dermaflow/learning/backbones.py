@@ -26,7 +26,8 @@ class BackboneConfig(BaseModel):
 
     name: BackboneName = "mobilenet_v2"
     weights: str | None = Field(
-        None, description="imagenet (torchvision's, from its cache or its download), a .pth or .safetensors file, or none."
+        None,
+        description="imagenet (torchvision's, from its cache or its download), a .pth or .safetensors file, or none.",
     )
     dropout: float = Field(0.2, ge=0, lt=1, description="Before the head.")
 
@@ -61,7 +62,8 @@ class SeedCnn(nn.Module):
         layers: list[nn.Module] = []
         for inside, outside in ((3, 32), (32, 64), (64, 128)):
             layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d((4, 4)), nn.Flatten(), nn.Linear(128 * 16, 128), nn.ReLU())
+        layers += [nn.AdaptiveAvgPool2d((4, 4)), nn.Flatten(), nn.Linear(128 * 16, self.width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features [N, 128] of images [N, 3, H, W]."""
@@ -88,16 +90,17 @@ def _body(name: str, *, imagenet: bool) -> tuple[nn.Module, int]:
         return SeedCnn(), SeedCnn.width
     try:
         model = torchvision.models.get_model(name, weights="DEFAULT" if imagenet else None)
-    except OSError as error:  # no network and not in torchvision's cache
+    except (OSError, RuntimeError) as error:  # no network and not in torchvision's cache, or a damaged file there
         raise RecipeError(
-            f"ImageNet weights of {name} could not be downloaded: {error}", where="backbone.weights",
+            f"ImageNet weights of {name} could not be had: {error}", where="backbone.weights",
             todo="put torchvision's file into its cache (TORCH_HOME) or pass --weights FILE",
         ) from error  # fmt: skip
     for classifier in ("fc", "classifier"):
         if hasattr(model, classifier):
             last = getattr(model, classifier)
             if isinstance(last, nn.Sequential):  # vgg16 and convnext_tiny keep what stands before the last layer
-                keep = [layer for layer in last[:-1] if not isinstance(layer, nn.Dropout)]
+                # An identity in place of a dropout keeps the numbers that the names in torchvision's files go by.
+                keep = [nn.Identity() if isinstance(layer, nn.Dropout) else layer for layer in last[:-1]]
                 setattr(model, classifier, nn.Sequential(*keep))
                 last = last[-1]
             else:
@@ -118,7 +121,11 @@ def _load_file(body: nn.Module, path: Path, name: str) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds for a file that is not theirs
-        raise RecipeError(f"unreadable weights: {error}", where=path, expected="a .pth state dict or .safetensors") from error
+        raise RecipeError(
+            f"unreadable weights: {error}", where=path, expected="a .pth state dict or .safetensors"
+        ) from error
+    if not isinstance(state, dict):
+        raise RecipeError(f"holds a {type(state).__name__}", where=path, expected="a state dict: names and tensors")
     own = body.state_dict()
     wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     wrong = [key for key in wrong if not key.endswith("num_batches_tracked")]

@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 
 from dermaflow import storage
-from dermaflow.errors import CheckpointError
+from dermaflow.errors import CheckpointError, RecipeError
 from dermaflow.learning.backbones import Network
 from dermaflow.learning.inference import predict
 from dermaflow.learning.loop import Batch, Feed, Run, State, fit
@@ -88,6 +88,11 @@ def fit_here(
         watched_labels = labels_of(folder.metadata("calibration")["dx"])
     else:
         held = (meta["fold"] == recipe.validation_fold).to_numpy()
+        if not 0 < held.sum() < len(held):
+            raise RecipeError(
+                f"{held.sum()} of {len(held)} training images are in fold {recipe.validation_fold}",
+                where="validation_fold", expected=f"a fold of the shards, 0 to {folder.manifest.folds - 1}",
+            )  # fmt: skip
         watched, watched_labels = pixels[held], labels[held]
         pixels, labels = pixels[~held], labels[~held]
     rule = balance(class_counts(labels), recipe.balance)
@@ -100,7 +105,7 @@ def fit_here(
 
     run = Run(
         recipe, memory_feed(pixels, labels, rule, recipe), rule, class_counts(labels) / len(labels),
-        folder.manifest.data_hash, device, validate=validator(watched, watched_labels, recipe) if len(watched) else None,
+        folder.manifest.data_hash, device, validate=validator(watched, watched_labels, recipe),
         on_step=on_step, on_epoch=keep,
     )  # fmt: skip
     network, history = fit(network, run, load_checkpoint(checkpoint))
@@ -115,5 +120,7 @@ def load_checkpoint(path: Path) -> State | None:
         state: State = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(f"unreadable: {error}", where=path, todo="remove the folder to start anew") from error
+    if not isinstance(state, dict) or "epoch" not in state:
+        raise CheckpointError("no checkpoint of a training run", where=path, todo="remove the folder to start anew")
     log.info("resuming after epoch %d from %s", state["epoch"], path)
     return state

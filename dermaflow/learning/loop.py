@@ -77,7 +77,7 @@ class Run:
 def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network, list[dict[str, float]]]:
     """Train a network: head epochs with a frozen backbone, then everything.
 
-    The same recipe, data and seed give the same weights on the same machine, whether in one go or resumed after any epoch.
+    The same recipe, data and seed give the same weights on the same machine, in one go or resumed after any epoch.
 
     Args:
         network: With its first weights.
@@ -92,8 +92,10 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
         DermaflowError: The loss is no longer finite.
     """
     recipe, optim = run.recipe, run.recipe.optim
-    network.to(run.device, memory_format=torch.channels_last)
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True) if optim.ema else None
+    network.to(device=run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average: AveragedModel | None = None
+    if optim.ema:
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True)
     class_weights = torch.tensor(run.rule.loss_weights, dtype=torch.float32, device=run.device)
     loss_of = make_loss(recipe.loss, class_weights, torch.tensor(run.priors, dtype=torch.float32, device=run.device))
     precision = pick_precision(optim, run.device)
@@ -118,6 +120,8 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
         model = run.wrap(network)
 
         for epoch in range(max(start, first_epoch), end):
+            if not head_only and _patience_is_spent(run, best["epoch"], start):
+                break
             began = time.perf_counter()
             torch.manual_seed(recipe.seed * 1_000_003 + epoch * 1009 + run.rank)  # dropout
             draws = torch.Generator().manual_seed(recipe.seed * 1_000_033 + epoch * 1013 + run.rank)  # augmentation
@@ -141,11 +145,14 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
                 total, images = total + loss.item() * len(targets), images + len(targets)
                 run.on_step(epoch, step + 1, run.feed.steps, total / images)
 
-            kept = network if average is None else average.module
+            kept: Network = network if average is None else average.module  # type: ignore[assignment]
             entry = {"epoch": float(epoch), "loss": _mean_over_workers(total, images, run.device)}
             if not math.isfinite(entry["loss"]):
-                raise DermaflowError(f"the loss of epoch {epoch} is {entry['loss']}", todo="lower optim.lr in the recipe")
-            entry |= {"lr": schedule.get_last_lr()[0], "images": float(images)}
+                raise DermaflowError(
+                    f"the loss of epoch {epoch} is {entry['loss']}", expected="a finite number",
+                    todo=f"lower optim.{'head_lr' if head_only else 'lr'} in the recipe",
+                )  # fmt: skip
+            entry |= {"lr": float(schedule.get_last_lr()[0]), "images": float(images)}
             if run.validate is not None and ((epoch + 1) % recipe.monitor_every == 0 or epoch + 1 == end):
                 entry |= _from_rank_0(run, lambda kept=kept: run.validate(kept))  # type: ignore[misc]
                 if recipe.validation_fold is not None and entry["val_loss"] < best["loss"]:
@@ -163,13 +170,22 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
                 }  # fmt: skip
 
             run.on_epoch(entry, snapshot)
-            if optim.patience is not None and not head_only and epoch - best["epoch"] >= optim.patience:
-                break
 
-    kept = network if average is None else average.module
+    kept = network if average is None else average.module  # type: ignore[assignment]
     if optim.patience is not None and best["network"]:
         kept.load_state_dict(best["network"])
     return kept.cpu(), run.history
+
+
+def _patience_is_spent(run: Run, best: int, start: int) -> bool:
+    """Whether the last look at the validation loss came `patience` epochs after the best one of this phase.
+
+    Asked before an epoch and of the history, so that a run that is resumed after its last epoch ends there too.
+    """
+    patience = run.recipe.optim.patience
+    if patience is None or not run.history or "val_loss" not in run.history[-1]:
+        return False
+    return run.history[-1]["epoch"] - max(best, start - 1) >= patience
 
 
 def _check(state: State, run: Run) -> None:

@@ -20,7 +20,7 @@ class LossConfig(BaseModel):
     name: Literal["cross_entropy", "focal", "logit_adjusted"] = "cross_entropy"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     gamma: float = Field(2.0, ge=0, description="focal only: how much easy images are played down.")
-    tau: float = Field(1.0, ge=0, description="logit_adjusted only: how much of the class prior is added to the logits.")
+    tau: float = Field(1.0, ge=0, description="logit_adjusted only: weight of the log prior added to the logits.")
 
 
 def make_loss(config: LossConfig, class_weights: torch.Tensor, priors: torch.Tensor) -> Loss:
@@ -37,7 +37,8 @@ def make_loss(config: LossConfig, class_weights: torch.Tensor, priors: torch.Ten
         A function of logits float [N, 7] and targets int64 [N]. Each image counts with the weight of its class and the
         sum is divided by the number of images, so that the mean over workers is the mean over the global batch.
     """
-    shift = config.tau * torch.log(priors.clamp_min(1e-6)) if config.name == "logit_adjusted" else torch.zeros_like(priors)
+    tau = config.tau if config.name == "logit_adjusted" else 0.0
+    shift = tau * torch.log(priors.clamp_min(1e-6))
 
     def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = logits.float() + shift

@@ -27,7 +27,7 @@ class OptimConfig(BaseModel):
     head_lr: float = Field(3e-3, gt=0)
     epochs: int = Field(15, ge=0, description="Epochs with everything trained, after the head epochs.")
     lr: float = Field(1e-3, gt=0, description="Peak rate of the last layers of the backbone and of the head.")
-    layer_decay: float = Field(0.6, gt=0, le=1, description="Rate of each quarter of the backbone relative to the next.")
+    layer_decay: float = Field(0.6, gt=0, le=1, description="Rate of a quarter of the backbone relative to the next.")
     weight_decay: float = Field(0.05, ge=0, description="Not on biases and normalisation.")
     schedule: Literal["cosine", "one_cycle"] = "cosine"
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of a phase's steps in which the rate rises.")
@@ -66,7 +66,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: 
     """Rates over the `steps` of a phase: up during `warmup`, then down to nearly nothing."""
     if config.schedule == "one_cycle":  # Smith and Topin 2017 (arXiv 1708.07120)
         peaks = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=max(config.warmup, 1 / (steps + 1)))
+        return OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=max(config.warmup, 2 / (steps + 1)))
     rising = config.warmup * steps
 
     def rate(step: int) -> float:

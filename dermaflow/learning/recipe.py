@@ -6,7 +6,7 @@ import difflib
 import hashlib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,7 +28,7 @@ class SizeConfig(BaseModel):
 
     height: int = Field(144, ge=16, le=1024)
     width: int = Field(192, ge=16, le=1024)
-    views: int = Field(1, description="1, or 4: mean over the image and its flips when predicting.")
+    views: Literal[1, 4] = Field(1, description="1, or 4: mean over the image and its flips when predicting.")
 
 
 class Recipe(BaseModel):
@@ -38,7 +38,7 @@ class Recipe(BaseModel):
 
     name: str
     description: str = ""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     input: SizeConfig = SizeConfig()
     backbone: BackboneConfig = BackboneConfig()
     balance: BalanceConfig = BalanceConfig()
@@ -64,9 +64,8 @@ class Recipe(BaseModel):
     @property
     def input_spec(self) -> InputSpec:
         """The part of the recipe that a finished model needs to look at an image."""
-        return InputSpec(
-            height=self.input.height, width=self.input.width, mean=IMAGENET_MEAN, std=IMAGENET_STD, views=self.input.views
-        )
+        size = self.input
+        return InputSpec(height=size.height, width=size.width, mean=IMAGENET_MEAN, std=IMAGENET_STD, views=size.views)
 
 
 def shipped_recipes() -> list[str]:
@@ -114,6 +113,8 @@ def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
         content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"{parent!r} holds no keys", where=dotted, expected="a key such as optim.epochs")
     content[last] = value
 
 

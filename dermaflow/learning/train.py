@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -53,20 +52,21 @@ def train(
         on_step: Called as the work goes on (in this process only).
 
     Raises:
-        DataError: The training split is empty.
+        DataError: The training or the calibration split is empty.
         CheckpointError: The checkpoints beside `out` belong to another recipe or other data.
     """
     folder = ShardFolder(shards)
+    for split in ("train", "calibration"):
+        if not folder.manifest.counts[split]:
+            raise DataError(f"no {split} image", where=shards, todo="prepare a larger data set")
     counts = class_counts(labels_of(folder.metadata("train")["dx"]))
-    if counts.sum() == 0:
-        raise DataError("no training image", where=shards, todo="prepare a larger data set")
     if weights is not None:
         backbone = recipe.backbone.model_copy(update={"weights": weights.name})
         recipe = recipe.model_copy(update={"backbone": backbone})
     torch.manual_seed(recipe.seed)
     network = build(recipe.backbone.model_copy(update={"weights": str(weights)}) if weights else recipe.backbone)
     checkpoints = out.absolute().with_name(out.name + ".checkpoints")
-    started, clock = datetime.now(UTC), time.perf_counter()
+    started = datetime.now(UTC)
     if workers is None:
         network, history, device = fit_here(network, recipe, folder, checkpoints, on_step)
     else:
@@ -76,7 +76,8 @@ def train(
     record = TrainingRecord(
         recipe_name=recipe.name, recipe=recipe.model_dump(mode="json"), recipe_hash=recipe.digest, seed=recipe.seed,
         data_hash=folder.manifest.data_hash, started=started.isoformat(timespec="seconds"),
-        seconds=time.perf_counter() - clock, epochs=len(history), device=device, workers=workers or 1, history=history,
+        seconds=sum(entry["seconds"] for entry in history),  # also those before the run was cut off
+        epochs=len(history), device=device, workers=workers or 1, history=history,
         initial_weights=recipe.backbone.weights, versions=_versions(),
     )  # fmt: skip
     bundle = Bundle(
@@ -95,7 +96,7 @@ def calibrate_and_save(network: Network, bundle: Bundle, folder: ShardFolder, ou
     log.info("calibrating on %d images", sum(folder.manifest.counts["calibration"].values()))
     meta = folder.metadata("calibration")
     pixels = folder.pixels("calibration", spec.height, spec.width, threads=settings().threads)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     logits, features = predict(network, pixels, spec)
     calibration, stored = calibrate(
         logits, features, labels_of(meta["dx"]), meta["lesion_id"].to_numpy(), seed=bundle.training.seed

@@ -35,7 +35,7 @@ def connect(cpus: int | None = None) -> None:
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 object_store_memory=1 << 30,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 log_to_driver=False,
             )
         log.info("Ray: %s CPUs", ray.cluster_resources().get("CPU"))

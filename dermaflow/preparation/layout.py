@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import pyarrow as pa
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from dermaflow import storage
-from dermaflow.errors import ShardError, StorageError
+from dermaflow.errors import ShardError
 from dermaflow.schemas.shard import LESIONS_NAME, MANIFEST_NAME, SHARD_SCHEMA, SPLITS, Manifest, ShardFile, Split
 
 ROWS_A_SHARD = 256
@@ -53,7 +53,8 @@ def plan_shards(images: pd.DataFrame, buckets: Mapping[Split, int]) -> list[Plan
         for lesion, split in zip(images["lesion_id"], images["split"], strict=True)
     ]
     plan = []
-    for (split, number), rows in images.groupby(["split", numbers], sort=True):
+    for (name, number), rows in images.groupby(["split", numbers], sort=True):
+        split = cast(Split, name)
         rows = rows.sort_values("image_id", ignore_index=True)
         key = hashlib.sha256(rows[_ROW_COLUMNS].to_csv(index=False).encode()).hexdigest()
         plan.append(PlannedShard(split, f"{split}/{split}-{number:05d}-{key[:12]}.parquet", key, rows))
@@ -63,16 +64,14 @@ def plan_shards(images: pd.DataFrame, buckets: Mapping[Split, int]) -> list[Plan
 def as_task(shard: PlannedShard) -> pa.Table:
     """A planned shard as the small table that travels to the task that writes it."""
     rows = shard.rows[[*_ROW_COLUMNS, "path"]]
-    return pa.Table.from_pandas(
-        rows.assign(shard_path=shard.path, content_key=shard.content_key), preserve_index=False
-    )
+    return pa.Table.from_pandas(rows.assign(shard_path=shard.path, content_key=shard.content_key), preserve_index=False)
 
 
 def write_shards(tasks: pa.Table, out: str) -> pa.Table:
     """Write the shards whose rows are in the table; returns one row of `ShardFile` fields a shard.
 
     Raises:
-        ShardError: An image changed since it was inspected.
+        ShardError: An image changed or went away since it was inspected.
         StorageError: The disk is full.
     """
     written = []
@@ -98,7 +97,12 @@ def write_shards(tasks: pa.Table, out: str) -> pa.Table:
 
 
 def _read_unchanged(path: Path, sha256: str) -> bytes:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ShardError(
+            f"the image could be read no more: {error.strerror}", where=path, todo="run the command again"
+        ) from error
     if storage.sha256(data) != sha256:
         raise ShardError("the image changed while it was being prepared", where=path, todo="run the command again")
     return data
@@ -122,12 +126,13 @@ def complete_shards(out: str | Path, plan: list[PlannedShard], previous: Manifes
 
 
 def remove_unnamed(out: str | Path, manifest: Manifest) -> None:
-    """Delete shard files of earlier states that the manifest no longer names."""
+    """Delete shard files that the manifest does not name: those of earlier states and the halves of a killed run."""
     named = {shard.path for shard in manifest.shards}
     for split in SPLITS:
         for name in storage.list_folder(storage.join(out, split)):
             path = f"{split}/{name}"
-            if re.fullmatch(rf"{split}-\d{{5}}-[0-9a-f]{{12}}\.parquet", name) and path not in named:
+            ours = re.fullmatch(rf"{split}-\d{{5}}-[0-9a-f]{{12}}\.parquet(\.[0-9a-f]{{8}}\.partial)?", name)
+            if ours and path not in named:
                 storage.delete(storage.join(out, path))
 
 
@@ -136,22 +141,27 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     Raises:
         ShardError: There is none (the folder is unfinished) or it is damaged.
+        StorageError: The store cannot be reached.
     """
     place = storage.join(folder, MANIFEST_NAME)
-    try:
-        return Manifest.model_validate(json.loads(storage.read_bytes(place)))
-    except StorageError as error:
+    if not storage.exists(place):
         raise ShardError(
             "no manifest", where=folder, expected=f"a finished shard folder with {MANIFEST_NAME}",
-            todo="run dermaflow prepare --data DIR --out " + str(folder),
-        ) from error  # fmt: skip
-    except (ValidationError, ValueError) as error:
+            todo=f"run dermaflow prepare --data DIR --out {folder}",
+        )  # fmt: skip
+    try:
+        return Manifest.model_validate_json(storage.read_bytes(place))
+    except ValidationError as error:
         raise ShardError(f"damaged manifest: {error}", where=place, todo="prepare the folder again") from error
 
 
 def read_table(folder: str | Path, name: str) -> pa.Table:
-    """A small Parquet table of the folder, such as `LESIONS_NAME`."""
-    return pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, name))))
+    """A small Parquet table of the folder, such as `LESIONS_NAME`; raises ShardError when it is damaged."""
+    place = storage.join(folder, name)
+    try:
+        return pq.read_table(pa.BufferReader(storage.read_bytes(place)))
+    except (OSError, pa.ArrowException) as error:
+        raise ShardError(f"unreadable: {error}", where=place, todo="delete the folder and prepare it again") from error
 
 
 def write_table(folder: str | Path, name: str, table: pa.Table) -> None:

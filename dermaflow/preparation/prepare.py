@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 FRACTIONS: dict[Split, float] = {"train": 0.65, "calibration": 0.15, "test": 0.20}
 _INSPECTION_NAME = "inspection.parquet"
+_PROTECTED = ("test", "calibration", "train")  # the split whose images must least move to another comes first
 
 Progress = Callable[[str, int, int], None]
 """Called with the step, the units done and the units in all."""
@@ -71,6 +73,7 @@ def prepare(
         StorageError: The disk is full; what is complete stays and the next run goes on.
     """
     mapper = _mapper(use_ray)
+    out = str(out) if storage.is_remote(out) else str(Path(out).absolute())  # a worker may stand in another folder
     archive = read_ham10000(data)
     previous = layout.read_manifest(out) if storage.exists(storage.join(out, MANIFEST_NAME)) else None
     if previous is not None and (previous.seed, previous.fractions, previous.folds) != (seed, dict(fractions), folds):
@@ -80,14 +83,18 @@ def prepare(
             todo="use the same choices, or another folder",
         )  # fmt: skip
     images, inspected = _inspect(archive, out, mapper, progress)
-    images, quarantined = _quarantine(archive, images)
+    old_lesions = layout.read_lesions(out) if previous else None
+    images, quarantined = _quarantine(archive, images, old_lesions)
     if strict and not quarantined.empty:
         first = quarantined.iloc[0]
-        raise DataError(f"{len(quarantined)} bad items, the first: {first['reason']} {first['detail']}", where=first["path"])
+        raise DataError(
+            f"{len(quarantined)} bad items, the first: {first['reason']} {first['detail']}",
+            where=first["path"] or data,
+            todo="repair or remove them, or prepare without strict: bad items are then set apart",
+        )
     if images.empty:
         raise DataError("no image is left after quarantine", where=data, todo="run dermaflow data check on the folder")
 
-    old_lesions = layout.read_table(out, LESIONS_NAME).to_pandas() if previous else None
     lesions = assign_lesions(lesion_table(images), fractions, seed, folds=folds, previous=old_lesions)
     images = images.merge(lesions[["lesion_id", "split"]], on="lesion_id")
     buckets = layout.bucket_counts(images, previous.buckets if previous else None)
@@ -96,17 +103,19 @@ def prepare(
 
     manifest = Manifest(
         seed=seed, fractions=dict(fractions), folds=folds, buckets=buckets, shards=shards,
-        counts={s: images.loc[images["split"] == s, "dx"].value_counts().sort_index().to_dict() for s in fractions},
-        lesions=lesions["split"].value_counts().reindex(list(fractions), fill_value=0).to_dict(),
+        counts={s: dict(sorted(Counter(images.loc[images["split"] == s, "dx"]).items())) for s in fractions},
+        lesions={s: int((lesions["split"] == s).sum()) for s in fractions},
         quarantined=len(quarantined),
         data_hash=storage.sha256("".join(sorted(shard.content_key for shard in shards)).encode()),
         dermaflow_version=__version__,
     )  # fmt: skip
     if manifest != previous:
         layout.write_table(out, LESIONS_NAME, pa.Table.from_pandas(lesions, preserve_index=False))
+    if manifest != previous or inspected:  # another bad item in place of one gives the same manifest
         storage.write_bytes(storage.join(out, QUARANTINE_NAME), quarantined.to_csv(index=False).encode())
+    if manifest != previous:
         storage.write_bytes(storage.join(out, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
-        layout.remove_unnamed(out, manifest)
+    layout.remove_unnamed(out, manifest)
     return Prepared(manifest, inspected, written)
 
 
@@ -125,8 +134,10 @@ def _inspect(
 ) -> tuple[pd.DataFrame, int]:
     """`archive.images` with the facts of each image; facts of earlier runs are taken from the folder."""
     stats = inspection.stat_images(archive.images, archive.root)
-    seen_before = storage.exists(storage.join(out, _INSPECTION_NAME))
-    todo, known = inspection.unseen(stats, layout.read_table(out, _INSPECTION_NAME).to_pandas() if seen_before else None)
+    seen = None
+    if storage.exists(storage.join(out, _INSPECTION_NAME)):
+        seen = layout.read_table(out, _INSPECTION_NAME).to_pandas()
+    todo, known = inspection.unseen(stats, seen)
     parts, done = [known], 0
     for part in mapper(inspection.as_tasks(todo), inspection.inspect_table) if len(todo) else ():
         parts.append(part.to_pandas())
@@ -139,14 +150,16 @@ def _inspect(
     return archive.images.merge(facts, on="path"), len(todo)
 
 
-def _quarantine(archive: LesionArchive, images: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _quarantine(
+    archive: LesionArchive, images: pd.DataFrame, old_lesions: pd.DataFrame | None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Set bad images apart and group lesions that share an identical image."""
     bad = images[images["reason"] != ""]
     good = images[images["reason"] == ""].copy()
     clash = good.groupby("sha256")["dx"].transform("nunique") > 1
     clashing = good[clash].assign(reason="conflicting_diagnosis", detail="identical image under another diagnosis")
     good = good[~clash].copy()
-    good["lesion_id"] = merge_identical(good["lesion_id"], good["sha256"])
+    good["lesion_id"] = merge_identical(good["lesion_id"], good["sha256"], old_lesions)
     columns = list(QUARANTINE_COLUMNS)
     parts = [archive.quarantined[columns], bad[columns], clashing[columns]]
     quarantined = pd.concat([part for part in parts if len(part)] or [parts[0]], ignore_index=True)
@@ -155,8 +168,21 @@ def _quarantine(archive: LesionArchive, images: pd.DataFrame) -> tuple[pd.DataFr
     return good, quarantined
 
 
-def merge_identical(lesion_ids: pd.Series, hashes: pd.Series) -> pd.Series:
-    """Give lesions that share a byte-identical image one id, the smallest, also through chains of such images."""
+def merge_identical(lesion_ids: pd.Series, hashes: pd.Series, old_lesions: pd.DataFrame | None = None) -> pd.Series:
+    """Give lesions that share a byte-identical image one id, also through chains of such images.
+
+    Args:
+        lesion_ids: Lesion of each image.
+        hashes: SHA-256 of each image.
+        old_lesions: Columns ``lesion_id`` and ``split`` of the run before.
+
+    Returns:
+        The lesion of each image. Of several ids, one that was in the test split before comes first, so that its images
+        stay there, then one of calibration, then of train, then the smallest.
+    """
+    rank: dict[str, int] = {}
+    if old_lesions is not None:
+        rank = dict(zip(old_lesions["lesion_id"], old_lesions["split"].map(_PROTECTED.index), strict=True))
     parent: dict[str, str] = {}
 
     def root(lesion: str) -> str:
@@ -165,7 +191,7 @@ def merge_identical(lesion_ids: pd.Series, hashes: pd.Series) -> pd.Series:
         return lesion
 
     for group in lesion_ids.groupby(hashes.to_numpy()).unique():
-        roots = sorted({root(lesion) for lesion in group})
+        roots = sorted({root(lesion) for lesion in group}, key=lambda lesion: (rank.get(lesion, 3), lesion))
         for other in roots[1:]:
             parent[other] = roots[0]
     return lesion_ids.map(root)

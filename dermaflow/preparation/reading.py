@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,20 @@ class RowGroup:
 
     def read(self, columns: Sequence[str] = tuple(SHARD_SCHEMA.names)) -> pa.Table:
         """The rows; raises ShardError when the file is gone or damaged."""
-        filesystem, path = storage.locate(self.uri)
-        try:
-            with pq.ParquetFile(path, filesystem=filesystem) as file:
-                return file.read_row_group(self.index, columns=list(columns), use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise ShardError(f"unreadable shard: {error}", where=self.uri, todo="run dermaflow prepare again") from error
+        with _open_shard(self.uri) as file:
+            return file.read_row_group(self.index, columns=list(columns), use_threads=False)
+
+
+@contextlib.contextmanager
+def _open_shard(uri: str) -> Iterator[pq.ParquetFile]:
+    filesystem, path = storage.locate(uri)
+    try:
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise ShardError(
+            f"unreadable shard: {error}", where=uri, todo="delete the file and run dermaflow prepare again"
+        ) from error
 
 
 class ShardFolder:
@@ -58,7 +67,7 @@ class ShardFolder:
 
     def _check(self, shard: ShardFile) -> None:
         place = storage.join(self.uri, shard.path)
-        found = storage.file_size(place) if storage.exists(place) else None
+        found = storage.info(place).size  # None if it is not there
         if found != shard.bytes:
             raise ShardError(
                 "missing" if found is None else f"{found} bytes", where=place, expected=f"{shard.bytes} bytes",
@@ -71,8 +80,7 @@ class ShardFolder:
         for shard in self.manifest.shards:
             if shard.split == split:
                 uri = storage.join(self.uri, shard.path)
-                filesystem, path = storage.locate(uri)
-                with pq.ParquetFile(path, filesystem=filesystem) as file:
+                with _open_shard(uri) as file:
                     sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
                 groups += [RowGroup(uri, i, rows) for i, rows in enumerate(sizes)]
         return groups
@@ -117,6 +125,6 @@ def decode_group(group: RowGroup, height: int, width: int) -> tuple[np.ndarray, 
     return pixel_batch(table["image"].to_pylist(), height, width), labels_of(table["dx"].to_pylist())
 
 
-def labels_of(diagnoses: Sequence[str]) -> np.ndarray:
+def labels_of(diagnoses: Iterable[str]) -> np.ndarray:
     """Class indices (int64) of diagnosis codes."""
     return np.array([INDEX[dx] for dx in diagnoses], np.int64)

@@ -7,11 +7,15 @@ in train. Lesions are therefore assigned whole, stratified by diagnosis and site
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
+from typing import TypeVar
 
 import pandas as pd
 
 from dermaflow.errors import DataError
+from dermaflow.schemas.shard import Split
+
+Part = TypeVar("Part", Split, int)  # a split or a fold
 
 
 def lesion_table(images: pd.DataFrame) -> pd.DataFrame:
@@ -29,7 +33,7 @@ def lesion_table(images: pd.DataFrame) -> pd.DataFrame:
 
 def assign_lesions(
     lesions: pd.DataFrame,
-    fractions: Mapping[str, float],
+    fractions: Mapping[Split, float],
     seed: int,
     *,
     folds: int = 5,
@@ -37,9 +41,9 @@ def assign_lesions(
 ) -> pd.DataFrame:
     """Give every lesion a split, and every lesion outside ``test`` a cross-validation fold.
 
-    Lesions come in an order drawn from the seed; each goes where its stratum (diagnosis and site) and its diagnosis lack
-    most images. A lesion that was assigned before keeps its place, so a test lesion never becomes a training lesion when
-    new images arrive.
+    Lesions come in an order drawn from the seed; each goes where its stratum (diagnosis and site) and its diagnosis
+    lack most images. A lesion that was assigned before keeps its place, so a test lesion never becomes a training
+    lesion when new images arrive.
 
     Args:
         lesions: From `lesion_table`.
@@ -52,34 +56,38 @@ def assign_lesions(
         `lesions` with ``split`` (str) and ``fold`` (int, -1 on ``test``).
 
     Raises:
-        DataError: The fractions are not positive or do not sum to 1.
+        DataError: The fractions are not positive or do not sum to 1, or there are fewer than 2 folds.
     """
-    if abs(sum(fractions.values()) - 1) > 1e-6 or min(fractions.values()) <= 0:
+    if not (abs(sum(fractions.values()) - 1) < 1e-6 and min(fractions.values()) > 0):
         raise DataError(f"split fractions {dict(fractions)}", expected="positive fractions that sum to 1")
-    known = {} if previous is None else previous.set_index("lesion_id")[["split", "fold"]].to_dict("index")
+    if folds < 2:
+        raise DataError(f"{folds} folds", expected="2 or more")
+    old_splits: dict[str, Split] = {}
+    old_folds: dict[str, int] = {}
+    if previous is not None:
+        old_splits = dict(zip(previous["lesion_id"], previous["split"], strict=True))
+        old_folds = dict(zip(previous["lesion_id"], previous["fold"].astype(int), strict=True))
+        old_folds = {lesion_id: fold for lesion_id, fold in old_folds.items() if 0 <= fold < folds}
     result = lesions.copy()
-    result["split"] = _spread(result, fractions, f"split-{seed}", {k: v["split"] for k, v in known.items()})
-    inside = result["split"] != "test"
+    result["split"] = _spread(result, fractions, f"split-{seed}", old_splits)
+    inside = (result["split"] != "test").to_numpy()
     equal = dict.fromkeys(range(folds), 1 / folds)
-    old_folds = {k: int(v["fold"]) for k, v in known.items() if 0 <= v["fold"] < folds}
     result["fold"] = -1
     result.loc[inside, "fold"] = _spread(result[inside], equal, f"fold-{seed}", old_folds)
     return result
 
 
-def _spread(
-    lesions: pd.DataFrame, fractions: Mapping[Hashable, float] | Mapping[str, float], salt: str, known: Mapping[str, Hashable]
-) -> list[Hashable]:
-    """Error diffusion: the part that lags furthest behind its share, in the stratum and in the diagnosis, gets the next.
+def _spread(lesions: pd.DataFrame, fractions: Mapping[Part, float], salt: str, known: Mapping[str, Part]) -> list[Part]:
+    """Error diffusion: the part that lags furthest behind its share, in stratum and diagnosis, gets the next lesion.
 
-    A part without any lesion of the diagnosis comes first, so that also a diagnosis of few lesions stands in every part.
+    A part without any lesion of the diagnosis comes first, so that a diagnosis of few lesions also stands in each part.
     """
-    parts: Sequence[Hashable] = list(fractions)
-    lag: dict[tuple[str, ...], dict[Hashable, float]] = {}
-    missing: dict[str, set[Hashable]] = {}
-    place: dict[str, Hashable] = {}
+    parts = list(fractions)
+    lag: dict[tuple[str, ...], dict[Part, float]] = {}
+    missing: dict[str, set[Part]] = {}
+    place: dict[str, Part] = {}
 
-    def order(lesion_id: str) -> tuple[bool, bytes]:  # known lesions first, so that the new ones even out what they left
+    def order(lesion_id: str) -> tuple[bool, bytes]:  # known lesions first: the new ones even out what they left
         return lesion_id not in known, hashlib.sha256(f"{salt}:{lesion_id}".encode()).digest()
 
     rows = list(zip(lesions["lesion_id"], lesions["dx"], lesions["site"], lesions["images"], strict=True))
@@ -87,9 +95,10 @@ def _spread(
         tallies = [lag.setdefault(key, dict.fromkeys(parts, 0.0)) for key in ((dx,), (dx, site))]
         for tally in tallies:
             for part in parts:
-                tally[part] += fractions[part] * images  # type: ignore[index]
-        chosen = known.get(lesion_id)
-        if chosen is None:
+                tally[part] += fractions[part] * images
+        if lesion_id in known:
+            chosen = known[lesion_id]
+        else:
             candidates = [part for part in parts if part in missing.get(dx, parts)] or parts
             chosen = max(candidates, key=lambda part: sum(tally[part] for tally in tallies))
         missing.setdefault(dx, set(parts)).discard(chosen)

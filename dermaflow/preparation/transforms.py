@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,14 +33,16 @@ def pixels(data: bytes, height: int, width: int) -> np.ndarray:
     """
     image = decode(data, height, width)
     found_height, found_width = image.shape[:2]
-    scale = max(height / found_height, width / found_width)
-    size = (max(height, round(found_height * scale)), max(width, round(found_width * scale)))
-    if size != (found_height, found_width):
+    scale = min(found_height / height, found_width / width)
+    # Cropped first, so that a strip one pixel high is not blown up whole; rounded up, because libjpeg's sizes are.
+    rows, columns = math.ceil(height * scale - 1e-6), math.ceil(width * scale - 1e-6)
+    top, left = (found_height - rows) // 2, (found_width - columns) // 2
+    image = image[top : top + rows, left : left + columns]
+    if (rows, columns) != (height, width):
         planes = torch.from_numpy(image).permute(2, 0, 1)[None]
-        planes = interpolate(planes, size=size, mode="bilinear", antialias=True)
+        planes = interpolate(planes, size=(height, width), mode="bilinear", antialias=True)
         image = planes[0].permute(1, 2, 0).numpy()
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return np.ascontiguousarray(image[top : top + height, left : left + width])
+    return np.ascontiguousarray(image)
 
 
 def pixel_batch(images: Sequence[bytes], height: int, width: int) -> np.ndarray:
