@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import pyarrow as pa
 
@@ -19,6 +22,8 @@ from ray.exceptions import RayTaskError
 
 log = logging.getLogger(__name__)
 
+_connected_here = False
+
 
 def connect(cpus: int | None = None) -> None:
     """Use the Ray that is there (``RAY_ADDRESS`` or an open connection), or start one on this machine, quietly.
@@ -26,23 +31,48 @@ def connect(cpus: int | None = None) -> None:
     Args:
         cpus: CPUs of a Ray started here; by default those of ``DERMAFLOW_THREADS``. Ignored on an existing cluster.
     """
+    global _connected_here
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False)
-        else:
-            ray.init(
-                num_cpus=cpus or settings().threads,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                object_store_memory=1 << 30,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+        with _sigterm_kept():
+            _connected_here = True  # before it is: what a signal cuts off midway is stopped, too
+            if os.environ.get("RAY_ADDRESS"):
+                ray.init(log_to_driver=False)
+            else:
+                ray.init(
+                    num_cpus=cpus or settings().threads,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    object_store_memory=1 << 30,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
         log.info("Ray: %s CPUs", ray.cluster_resources().get("CPU"))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.verbose_stats_logs = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def disconnect() -> None:
+    """Stop the Ray that `connect` started, or leave the cluster that it joined, which ends this process's work there.
+
+    A connection that was open before `connect` stays open.
+    """
+    global _connected_here
+    if _connected_here:
+        ray.shutdown()
+        _connected_here = False
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Restore the handler of SIGTERM that ``ray.init`` replaces: by it a flow learns that it is cancelled."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def map_tables(tables: Iterable[pa.Table], function: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:

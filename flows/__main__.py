@@ -1,0 +1,67 @@
+"""`python -m flows …`: run a flow here, or offer all of them to a Prefect server."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
+
+import prefect
+import typer
+from prefect import Flow
+from prefect.utilities.callables import parameter_docstrings
+
+from dermaflow.errors import DermaflowError
+from flows.evaluate import evaluate
+from flows.pipeline import pipeline
+from flows.prepare import prepare
+from flows.train import train
+
+FLOWS: tuple[Flow[Any, Any], ...] = (prepare, train, evaluate, pipeline)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="The main job as Prefect flows. They run against the server of PREFECT_API_URL, or with a temporary one.",
+)
+
+
+@app.command()
+def serve(
+    name: Annotated[str, typer.Option(help="Name of the deployments.")] = "dermaflow",
+    limit: Annotated[int, typer.Option(min=1, help="Flow runs at a time.")] = 1,
+) -> None:
+    """Offer the flows to the server of PREFECT_API_URL and run what is asked for, until stopped.
+
+    Runs started this way can be cancelled from Prefect's pages; their Ray work is stopped, too.
+    """
+    prefect.serve(*(flow.to_deployment(name) for flow in FLOWS), limit=limit)  # type: ignore[arg-type]
+
+
+def _command(flow: Flow[Any, Any]) -> Callable[..., None]:
+    """A command with the flow's parameters; their help comes from its docstring, as in Prefect's pages."""
+    hints, about = get_type_hints(flow.fn), parameter_docstrings(inspect.getdoc(flow.fn))
+
+    def run(**given: Any) -> None:
+        try:
+            flow(**given)
+        except DermaflowError as error:
+            typer.secho(f"error: {type(error).__name__}: {error}", err=True, fg="red")
+            raise typer.Exit(1) from None
+
+    options = [
+        parameter.replace(
+            kind=parameter.KEYWORD_ONLY, annotation=Annotated[hints[name], typer.Option(help=about[name])]
+        )
+        for name, parameter in inspect.signature(flow.fn).parameters.items()
+    ]
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
+
+
+for _flow in FLOWS:
+    app.command(_flow.name, help=str(_flow.description).split("\n\nArgs:")[0])(_command(_flow))
+
+if __name__ == "__main__":
+    app(prog_name="python -m flows")

@@ -1,0 +1,97 @@
+"""What a run shows in Prefect's pages: split counts, training curve, headline figures, the report, the promotion."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
+
+from dermaflow import storage
+from dermaflow.bundles.bundle import parse_bundle, read_description
+from dermaflow.evaluation.figures import Evaluation, PointFigures
+from dermaflow.evaluation.plots import training
+from dermaflow.evaluation.report import METRICS_NAME, REPORT_NAME
+from dermaflow.evaluation.wording import POINT_TITLES, number, percent
+from dermaflow.preparation.reading import ShardFolder
+from dermaflow.taxonomy import CODES
+from flows.promotion import Decision
+
+
+def show_splits(shards: str) -> None:
+    """Images and lesions of every split, by diagnosis."""
+    manifest = ShardFolder(shards).manifest
+    rows = [
+        {"split": split, "images": sum(counts.values()), "lesions": manifest.lesions[split]}
+        | {code: counts.get(code, 0) for code in CODES}
+        for split, counts in manifest.counts.items()
+    ]
+    create_table_artifact(
+        rows, key="split-counts",
+        description=f"Images by split and diagnosis in `{shards}`; {manifest.quarantined} in quarantine, "
+        f"data {manifest.data_hash[:12]}.",
+    )  # fmt: skip
+
+
+def show_training(model: str) -> None:
+    """The loss by epoch as a picture, and the figures of every epoch as a table."""
+    bundle = parse_bundle(read_description(model)[0], where=model)
+    record = bundle.training
+    said = f"{record.recipe_name}: {record.epochs} epochs in {record.seconds / 60:.1f} min on {record.device}"
+    for plot in training(record.history)[:1]:
+        svg = plot.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)  # it stands on its own here
+        picture = base64.b64encode(svg.encode()).decode()
+        create_image_artifact(f"data:image/svg+xml;base64,{picture}", key="training-curve", description=said)
+    names = list(dict.fromkeys(name for entry in record.history for name in entry))
+    rows = [
+        {name.removeprefix("val_").replace("_", " ") if name != "val_loss" else "validation loss":
+         f"{entry[name]:.4g}" if name in entry else "" for name in names}
+        for entry in record.history
+    ]  # fmt: skip
+    create_table_artifact(rows, key="epochs", description=said)
+
+
+def show_figures(report: str) -> None:
+    """Headline figures with their 95 % intervals at every operating point, and a link to the report."""
+    evaluation = Evaluation.model_validate_json(storage.read_bytes(storage.join(report, METRICS_NAME)))
+    everything = evaluation.populations["all"]
+    points = {POINT_TITLES[name]: _figures(point) for name, point in everything.points.items()}
+    rows = [
+        {"figure": figure} | {title: texts[figure] for title, texts in points.items()}
+        for figure in next(iter(points.values()))
+    ]
+    create_table_artifact(
+        rows, key="headline-figures",
+        description=f"{everything.counts.images} test images of {everything.counts.lesions} lesions, 95 % "
+        f"lesion-bootstrap intervals. macro-AUC {number(everything.ranking.macro_auc)}, melanoma AUC "
+        f"{number(everything.ranking.melanoma_auc)}, ECE {number(everything.calibration.ece)}, conformal coverage "
+        f"{percent(everything.conformal.coverage)}.",
+    )  # fmt: skip
+    page = Path(report, REPORT_NAME).absolute()
+    create_link_artifact(page.as_uri(), link_text=str(page), key="report", description="The whole report.")
+
+
+def _figures(point: PointFigures) -> dict[str, str]:
+    texts = {
+        "accuracy": percent(point.accuracy),
+        "balanced accuracy": percent(point.balanced_accuracy),
+        "macro F1": number(point.macro_f1),
+    }
+    melanoma = point.classes.get("mel")
+    texts["melanoma sensitivity"] = percent(melanoma.sensitivity) if melanoma else "–"
+    texts["melanoma specificity"] = percent(melanoma.specificity) if melanoma else "–"
+    return texts
+
+
+def show_decision(decision: Decision, registry: str) -> None:
+    """Whether the model became the champion, and why."""
+    did = "Promoted to champion" if decision.promoted else "Added, not promoted"
+    create_markdown_artifact(
+        f"**{did}**: `{decision.version}` in `{registry}`\n\n{decision.reason}", key="promotion",
+        description="What became of the model in the registry.",
+    )  # fmt: skip

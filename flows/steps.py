@@ -1,0 +1,72 @@
+"""The steps that the flows are made of: a task that runs once for the same input, then its artifacts.
+
+Artifacts are made after the task and from the disk, so that a run that skips the work shows them all the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect.runtime import flow_run
+
+from dermaflow import storage
+from dermaflow.learning.recipe import Recipe
+from flows import artifacts
+from flows.caching import (
+    Output,
+    archive_identity,
+    cache_key,
+    model_identity,
+    report_identity,
+    run_once,
+    shards_identity,
+    weights_identity,
+)
+from flows.promotion import Decision
+from flows.tasks import evaluate_model, prepare_shards, register_model, train_model
+
+
+def prepared(data: Path, shards: str, *, seed: int, hours: float) -> Output:
+    """Shards of an archive, in `shards`."""
+    data, shards = data.absolute(), _absolute(shards)
+    key = cache_key("prepare", archive_identity(data), seed, shards)
+    output = run_once(prepare_shards, shards_identity, key, hours, data=data, shards=shards, seed=seed)
+    artifacts.show_splits(shards)
+    return output
+
+
+def trained(
+    shards: str, recipe: Recipe, model: Path, *, weights: Path | None, workers: int | None, hours: float
+) -> Output:
+    """A model of these shards by this recipe, in `model`. Other workers are no reason to train again."""
+    shards, model = _absolute(shards), model.absolute()
+    key = cache_key("train", shards_identity(shards), recipe.digest, weights_identity(recipe, weights), model)
+    output = run_once(
+        train_model, model_identity, key, hours,
+        shards=shards, recipe=recipe, model=model, weights=weights, workers=workers,
+    )  # fmt: skip
+    artifacts.show_training(str(model))
+    return output
+
+
+def evaluated(model: str, shards: str, report: Path, *, seed: int, resamples: int, hours: float) -> Output:
+    """The report of a model on the test split of these shards, in `report`."""
+    model, shards, report = _absolute(model), _absolute(shards), report.absolute()
+    key = cache_key("evaluate", model_identity(model), shards_identity(shards), seed, resamples, report)
+    output = run_once(
+        evaluate_model, report_identity, key, hours,
+        model=model, shards=shards, report=report, seed=seed, resamples=resamples,
+    )  # fmt: skip
+    artifacts.show_figures(str(report))
+    return output
+
+
+def registered(model: str, registry: str) -> Decision:
+    """An evaluated model in the registry, and the champion if it is the better one."""
+    decision = register_model(model, _absolute(registry), by=f"flow run {flow_run.name}")
+    artifacts.show_decision(decision, registry)
+    return decision
+
+
+def _absolute(address: str) -> str:
+    return address if storage.is_remote(address) else str(Path(address).absolute())

@@ -1,0 +1,66 @@
+"""The library's steps as Prefect tasks: each calls it once, and returns where the output lies and its hash."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, task
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.task_engine import TaskRunTimeoutError
+
+from dermaflow.errors import StorageError
+from dermaflow.evaluation.run import evaluate_bundle
+from dermaflow.learning.recipe import Recipe
+from dermaflow.learning.train import train
+from dermaflow.preparation.prepare import prepare
+from flows.caching import Output, model_identity, report_identity, shards_identity
+from flows.promotion import Decision, decide
+
+RETRY_AFTER = [10, 60, 300]
+"""Seconds before each further try: a hiccup of a network drive, the restart of a store."""
+_LASTING = (TaskRunTimeoutError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def is_curable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether another try can help: something could not be read or written just now. A bad recipe stays bad."""
+    error = state.result(raise_on_failure=False)
+    cause = error.__cause__ if isinstance(error, StorageError) else error
+    return isinstance(cause, OSError) and not isinstance(cause, _LASTING) and cause.errno != errno.ENOSPC
+
+
+_CAREFUL: dict[str, Any] = {
+    "retries": len(RETRY_AFTER),
+    "retry_delay_seconds": RETRY_AFTER,
+    "retry_condition_fn": is_curable,
+    "persist_result": True,
+    "result_serializer": "json",
+}
+
+
+@task(name="prepare", **_CAREFUL)
+def prepare_shards(data: Path, shards: str, seed: int) -> Output:
+    """Split an archive by lesion and write shards."""
+    prepare(data, shards, seed=seed)
+    return Output(path=shards, identity=shards_identity(shards))
+
+
+@task(name="train", **_CAREFUL)
+def train_model(shards: str, recipe: Recipe, model: Path, weights: Path | None, workers: int | None) -> Output:
+    """Train and calibrate a network."""
+    train(shards, recipe, model, weights=weights, workers=workers)
+    return Output(path=str(model), identity=model_identity(str(model)))
+
+
+@task(name="evaluate", **_CAREFUL)
+def evaluate_model(model: str, shards: str, report: Path, seed: int, resamples: int) -> Output:
+    """Measure a model on the test split and write the report."""
+    evaluate_bundle(model, shards, report, seed=seed, resamples=resamples)
+    return Output(path=str(report), identity=report_identity(str(report)))
+
+
+@task(name="register", **_CAREFUL | {"persist_result": False})
+def register_model(model: str, registry: str, by: str) -> Decision:
+    """Add a model to the registry and promote it if it is the better one; doing it twice changes nothing."""
+    return decide(model, registry, by)
