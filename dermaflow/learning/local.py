@@ -108,7 +108,10 @@ def fit_here(
         folder.manifest.data_hash, device, validate=validator(watched, watched_labels, recipe),
         on_step=on_step, on_epoch=keep,
     )  # fmt: skip
-    network, history = fit(network, run, load_checkpoint(checkpoint))
+    state = load_checkpoint(checkpoint)
+    if state is not None:
+        log.info("resuming after epoch %d from %s", state["epoch"], checkpoint)
+    network, history = fit(network, run, state)
     return network, history, str(device)
 
 
@@ -122,5 +125,4 @@ def load_checkpoint(path: Path) -> State | None:
         raise CheckpointError(f"unreadable: {error}", where=path, todo="remove the folder to start anew") from error
     if not isinstance(state, dict) or "epoch" not in state:
         raise CheckpointError("no checkpoint of a training run", where=path, todo="remove the folder to start anew")
-    log.info("resuming after epoch %d from %s", state["epoch"], path)
     return state

@@ -102,7 +102,7 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
     best: State = {"loss": math.inf, "epoch": -1, "network": {}}
     first_epoch = 0
     if state is not None:
-        _check(state, run)
+        check_state(state, recipe, run.data_hash)
         network.load_state_dict(state["network"])
         if average is not None:
             average.load_state_dict(state["average"])
@@ -128,7 +128,7 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
             model.train()
             if head_only:
                 network.body.eval()  # keeps the running statistics of the normalisation layers
-            total, images = 0.0, 0
+            total, images = 0.0, 0.0
             for step, (pixels, targets) in enumerate(islice(run.feed.epoch(epoch), run.feed.steps)):
                 inputs = normalise(augment(pixels.to(run.device), recipe.augment, draws), recipe.input_spec)
                 targets = targets.to(run.device)
@@ -146,13 +146,14 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
                 run.on_step(epoch, step + 1, run.feed.steps, total / images)
 
             kept: Network = network if average is None else average.module  # type: ignore[assignment]
-            entry = {"epoch": float(epoch), "loss": _mean_over_workers(total, images, run.device)}
+            total, images = _sum_over_workers(total, images, run.device)
+            entry = {"epoch": float(epoch), "loss": total / images}
             if not math.isfinite(entry["loss"]):
                 raise DermaflowError(
                     f"the loss of epoch {epoch} is {entry['loss']}", expected="a finite number",
                     todo=f"lower optim.{'head_lr' if head_only else 'lr'} in the recipe",
                 )  # fmt: skip
-            entry |= {"lr": float(schedule.get_last_lr()[0]), "images": float(images)}
+            entry |= {"lr": float(schedule.get_last_lr()[0]), "images": images}
             if run.validate is not None and ((epoch + 1) % recipe.monitor_every == 0 or epoch + 1 == end):
                 entry |= _from_rank_0(run, lambda kept=kept: run.validate(kept))  # type: ignore[misc]
                 if recipe.validation_fold is not None and entry["val_loss"] < best["loss"]:
@@ -188,11 +189,9 @@ def _patience_is_spent(run: Run, best: int, start: int) -> bool:
     return run.history[-1]["epoch"] - max(best, start - 1) >= patience
 
 
-def _check(state: State, run: Run) -> None:
-    for what, found, wanted in (
-        ("recipe", state["recipe"], run.recipe.digest),
-        ("data", state["data"], run.data_hash),
-    ):
+def check_state(state: State, recipe: Recipe, data_hash: str) -> None:
+    """Raise CheckpointError if a state belongs to another recipe or other data."""
+    for what, found, wanted in (("recipe", state["recipe"], recipe.digest), ("data", state["data"], data_hash)):
         if found != wanted:
             raise CheckpointError(
                 f"the checkpoint belongs to another {what} ({found[:12]})", expected=wanted[:12],
@@ -204,11 +203,11 @@ def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
-def _mean_over_workers(total: float, images: int, device: torch.device) -> float:
+def _sum_over_workers(total: float, images: float, device: torch.device) -> tuple[float, float]:
     sums = torch.tensor([total, images], dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    return float(sums[0] / sums[1])
+    return float(sums[0]), float(sums[1])
 
 
 def _from_rank_0(run: Run, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
