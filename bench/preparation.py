@@ -1,0 +1,195 @@
+"""Decode, resize and write 600x450 JPEGs: DermaFlow on Ray Data, a multiprocessing pool, a torch DataLoader.
+
+    python bench/preparation.py [--images 4000] [--rounds 5] [--memory]
+
+Every contestant reads the same files, makes uint8 pixels of 144x192 and writes them as .npy blocks of 500 images, on
+the same cores. The pool and the DataLoader appear twice: as a user would write them (decode at full size with Pillow or
+torchvision, then resize), and with DermaFlow's own decoder, which lets libjpeg decode at a reduced size.
+The physical limit printed is one core's pure decode-and-resize time, divided by the cores.
+
+`--memory` shows instead that the peak memory of `prepare` does not grow with the archive: 1,000 and 10,000 images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # one image a core at a time is the fastest; threads inside an image only cost
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torchvision
+from PIL import Image
+from rounds import compare, machine, seconds
+from torch.utils.data import DataLoader, Dataset
+
+from dermaflow.datasets.synthetic import generate
+from dermaflow.preparation.cluster import connect, map_tables
+from dermaflow.preparation.transforms import pixels
+
+HEIGHT, WIDTH, BLOCK = 144, 192, 500
+torch.set_num_threads(1)
+
+
+def own(path: str) -> np.ndarray:
+    return pixels(Path(path).read_bytes(), HEIGHT, WIDTH)
+
+
+def with_pillow(path: str) -> np.ndarray:
+    with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
+        return np.asarray(image.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
+
+
+def with_torchvision(path: str) -> np.ndarray:
+    image = torchvision.io.decode_image(path, mode=torchvision.io.ImageReadMode.RGB)
+    image = torchvision.transforms.v2.functional.resize(image, [HEIGHT, WIDTH], antialias=True)
+    return image.permute(1, 2, 0).numpy()
+
+
+def write_block(job: tuple[list[str], str, str]) -> int:
+    paths, out, how = job
+    read = globals()[how]
+    np.save(out, np.stack([read(path) for path in paths]))
+    return len(paths)
+
+
+class Files(Dataset):
+    def __init__(self, paths: list[str], how: str) -> None:
+        self.paths, self.read = paths, globals()[how]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.read(self.paths[index])))
+
+
+def blocks(paths: list[str], out: Path) -> list[tuple[list[str], str]]:
+    return [(paths[i : i + BLOCK], str(out / f"{i:06d}.npy")) for i in range(0, len(paths), BLOCK)]
+
+
+def ray_data(paths: list[str], out: Path) -> None:
+    def work(table: pa.Table) -> pa.Table:
+        torch.set_num_threads(1)
+        target = table["out"][0].as_py()
+        np.save(target, np.stack([pixels(Path(p).read_bytes(), HEIGHT, WIDTH) for p in table["path"].to_pylist()]))
+        return pa.table({"images": [len(table)]})
+
+    tables = [pa.table({"path": part, "out": [target] * len(part)}) for part, target in blocks(paths, out)]
+    assert sum(table["images"][0].as_py() for table in map_tables(tables, work)) == len(paths)
+
+
+def pool(paths: list[str], out: Path, how: str, workers: int) -> None:
+    with multiprocessing.get_context("spawn").Pool(workers) as processes:
+        jobs = [(part, target, how) for part, target in blocks(paths, out)]
+        assert sum(processes.imap_unordered(write_block, jobs)) == len(paths)
+
+
+def loader(paths: list[str], out: Path, how: str, workers: int) -> None:
+    for number, batch in enumerate(DataLoader(Files(paths, how), batch_size=BLOCK, num_workers=workers)):
+        np.save(out / f"{number:06d}.npy", batch.numpy())
+
+
+def make_images(folder: Path, count: int) -> list[str]:
+    """200 drawn images, copied under new names with some bytes after their end, so that no two files are the same."""
+    drawn = folder / "drawn"
+    generate(drawn, 200, 0, workers=os.cpu_count() or 1)
+    sources = [path.read_bytes() for path in sorted(drawn.rglob("*.jpg"))]
+    many = folder / "many"
+    many.mkdir()
+    for i in range(count):
+        (many / f"ISIC_{i:07d}.jpg").write_bytes(sources[i % len(sources)] + i.to_bytes(4, "big"))
+    return sorted(str(path) for path in many.iterdir())
+
+
+def speed(images: int, rounds: int) -> None:
+    workers = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = make_images(folder, images)
+        out = folder / "out"
+
+        def timed(job, *args: object):
+            def run() -> float:
+                shutil.rmtree(out, ignore_errors=True)
+                out.mkdir()
+                return seconds(lambda: job(paths, out, *args))
+
+            return run
+
+        connect(workers)
+        ray_data(paths[:BLOCK], folder)  # a Ray that is up, as on a cluster; starting it costs about 4 s once
+        alone = seconds(lambda: [own(path) for path in paths[:500]]) / 500
+        print(f"{machine()}\n{images} JPEGs of 600x450 to {HEIGHT}x{WIDTH}, {workers} workers")
+        limit = alone * images / workers
+        print(f"limit: {alone * 1e3:.2f} ms an image and core for decode and resize, {limit:.2f} s in all")
+        compare(
+            {
+                "Ray Data, DermaFlow's decoder": timed(ray_data),
+                "pool, Pillow": timed(pool, "with_pillow", workers),
+                "pool, DermaFlow's decoder": timed(pool, "own", workers),
+                "DataLoader, torchvision": timed(loader, "with_torchvision", workers),
+                "DataLoader, DermaFlow's decoder": timed(loader, "own", workers),
+            },
+            rounds, "way", images,
+        )  # fmt: skip
+
+
+def memory() -> None:
+    import psutil
+
+    print(machine())
+    for images in (1000, 10_000):
+        with tempfile.TemporaryDirectory() as name:
+            data = Path(name) / "data"
+            data.mkdir()
+            paths = make_images(Path(name), images)
+            classes = ("nv", "mel", "bkl", "bcc", "akiec", "vasc", "df")
+            rows = [f"HAM_{i},{Path(p).stem},{classes[i % 7]},histo,50,male,back" for i, p in enumerate(paths)]
+            header = "lesion_id,image_id,dx,dx_type,age,sex,localization"
+            (data / "HAM10000_metadata.csv").write_text("\n".join([header, *rows]))
+            shutil.move(Path(name) / "many", data / "HAM10000_images_part_1")
+            size = sum(path.stat().st_size for path in data.rglob("*.jpg"))
+            command = [sys.executable, "-m", "dermaflow.cli.main", "prepare", "--data", str(data), "--out", f"{name}/s"]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            top, tree = 0, psutil.Process(process.pid)
+            while process.poll() is None:
+                top = max(top, private_memory(tree))
+                time.sleep(0.2)
+            assert process.returncode == 0, "prepare failed"
+            print(
+                f"{images} images, {size / 1e6:.0f} MB: peak {top / 1e6:.0f} MB over all processes of prepare",
+                flush=True,
+            )
+
+
+def private_memory(tree) -> int:
+    """Proportional set size of a process and its children, shared memory of Ray's object store included once."""
+    import psutil
+
+    total = 0
+    for process in [tree, *tree.children(recursive=True)]:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true")
+    chosen = parser.parse_args()
+    memory() if chosen.memory else speed(chosen.images, chosen.rounds)
