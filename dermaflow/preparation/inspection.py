@@ -44,8 +44,8 @@ def unseen(stats: pd.DataFrame, seen: pd.DataFrame | None) -> tuple[pd.DataFrame
     if seen is None:
         return stats, pd.DataFrame(columns=list(FACT_COLUMNS))
     seen = seen[seen["reason"] != "unreadable"]
-    known = stats.merge(seen, on=["name", "bytes", "modified"], how="left", indicator=True)
-    return stats[(known["_merge"] == "left_only").to_numpy()], known.loc[known["_merge"] == "both", list(FACT_COLUMNS)]
+    known = stats.merge(seen, on=["name", "bytes", "modified"])[list(FACT_COLUMNS)]  # inner: integers stay integers
+    return stats[~stats["name"].isin(known["name"])], known
 
 
 def as_tasks(stats: pd.DataFrame) -> list[pa.Table]:

@@ -1,0 +1,62 @@
+"""Small synthetic archives and shards, for the tests of preparation and learning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from dermaflow import storage
+from dermaflow.datasets.synthetic.generate import generate
+from dermaflow.preparation.prepare import Prepared, prepare
+
+METADATA = "HAM10000_metadata.csv"
+
+
+def draw(folder: Path, images: int = 120, seed: int = 0) -> Path:
+    """A synthetic HAM10000 of 64 x 48 pixels."""
+    generate(folder, images, seed, height=48, width=64)
+    return folder
+
+
+def metadata(folder: Path) -> pd.DataFrame:
+    """The table of an archive, as text."""
+    return pd.read_csv(folder / METADATA, dtype=str)
+
+
+def add_image(folder: Path, row: Mapping[str, str], content: bytes) -> Path:
+    """Put one more image and its row into an archive; what the row does not say is taken from the first row."""
+    table = metadata(folder)
+    new = table.iloc[[0]].assign(**row)
+    pd.concat([table, new]).to_csv(folder / METADATA, index=False)
+    path = folder / "HAM10000_images_part_1" / f"{row['image_id']}.jpg"
+    path.write_bytes(content)
+    return path
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """Path of each image by its id."""
+    return {path.stem: path for path in sorted(folder.glob("HAM10000_images_part_*/*.jpg"))}
+
+
+def noise(seed: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """uint8 [height, width, 3]: smooth noise, so that JPEG keeps it."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def prepare_here(data: Path, out: str | Path, **choices: object) -> Prepared:
+    """`prepare` in this process, without Ray."""
+    return prepare(data, out, use_ray=False, **choices)  # type: ignore[arg-type]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
+    """Time of change and SHA-256 of every file of a folder."""
+    files = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    return {
+        str(file.relative_to(folder)): (file.stat().st_mtime_ns, storage.sha256(file.read_bytes())) for file in files
+    }
