@@ -87,7 +87,7 @@ def fit_on_cluster(
         RecipeError: The batch size does not divide among the workers, or the validation fold is empty.
         DataError: Fewer training images than workers.
         CheckpointError: The checkpoints belong to another recipe or other data.
-        DermaflowError: Too few GPUs, or what a worker raised.
+        DermaflowError: Too few GPUs or CPUs, or what a worker raised.
     """
     job = _job(recipe, folder, workers)
     place = checkpoints.absolute() / RUN_NAME
@@ -103,15 +103,17 @@ def fit_on_cluster(
             f"{workers} workers and {found.get('GPU', 0):g} GPUs", expected="a GPU for each worker",
             todo="use fewer workers, or DERMAFLOW_DEVICE=cpu",
         )  # fmt: skip
-    # Shares, not whole CPUs, where Ray has few: a worker that cannot be placed would wait for ever, and so would one
-    # whose images cannot be decoded for want of a free CPU.
-    share = min(1.0, int(1000 * found["CPU"] / (workers + 1)) / 1000)
+    if found["CPU"] < 2:
+        raise DermaflowError("Ray has 1 CPU", expected="2, one of them to decode images", todo="let it have more CPUs")
+    # Less than a CPU each where Ray has few: workers that cannot be placed, or leave no CPU to decode their images, would
+    # wait for ever.
+    share = min(1.0, int(1000 * (found["CPU"] - 1) / workers) / 1000)
     with _epoch_log() as progress:
         trainer = TorchTrainer(
             _work,
             train_loop_config={"job": job, "weights": ray.put(network.state_dict())},
             # A function, so that after a lost worker the images start at the epoch that is resumed.
-            datasets={"train": lambda: _images(job, place, cpus=share)},
+            datasets={"train": lambda: _images(job, place)},
             dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": share}),
             run_config=RunConfig(
@@ -165,16 +167,19 @@ def _job(recipe: Recipe, folder: ShardFolder, workers: int) -> Job:
     return Job(recipe, plan, watched_groups, watched, folder.manifest.data_hash)
 
 
-def _images(job: Job, place: Path, cpus: float) -> ray.data.Dataset:
+def _images(job: Job, place: Path) -> ray.data.Dataset:
     """The images of all epochs that are left, in order and in one stream: no epoch waits for its first images."""
+    connect()  # this is Ray Train's controller, and here too Ray Data should be quiet and own up to errors
     plan, optim = job.plan, job.recipe.optim
     earlier = _earlier(place)
     first = 0 if earlier is None else int(earlier.metrics["epoch"]) + 1
     epochs = range(first, optim.head_epochs + optim.epochs)
     blocks = [pa.table({"number": block}) for epoch in epochs for block in plan.blocks(epoch)]
-    references = ray.data.from_arrow(blocks or [pa.table({"number": pa.array([], pa.int64())})])
+    references = ray.data.from_blocks(
+        blocks or [pa.table({"number": pa.array([], pa.int64())})]
+    )  # from_arrow runs tasks
     read = partial(read_images, groups=plan.groups, height=plan.height, width=plan.width)
-    return references.map_batches(read, batch_format="numpy", batch_size=None, num_cpus=cpus)
+    return references.map_batches(read, batch_format="numpy", batch_size=None)
 
 
 def _earlier(place: Path) -> ray.train.Result | None:

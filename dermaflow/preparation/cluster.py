@@ -50,7 +50,10 @@ def connect(cpus: int | None = None) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.verbose_stats_logs = False
+    context.raise_original_map_exception = True  # or `own_error` finds a wrapper that has lost what it wrapped
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # What fails in a task is raised here as itself; Ray Data's own page about it would bury the message.
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)
 
 
 def disconnect() -> None:
