@@ -13,7 +13,9 @@ class DermaflowError(Exception):
         todo: The next step for the user.
     """
 
-    def __init__(self, what: str, *, where: object = None, expected: str | None = None, todo: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, where: object = None, expected: str | None = None, todo: str | None = None
+    ) -> None:
         self.what, self.where, self.expected, self.todo = what, where, expected, todo
         text = f"{where}: {what}" if where is not None else what
         if expected:
@@ -26,7 +28,9 @@ class DermaflowError(Exception):
         return _rebuild, (type(self), self.what, self.where, self.expected, self.todo)
 
 
-def _rebuild(cls: type[DermaflowError], what: str, where: object, expected: str | None, todo: str | None) -> DermaflowError:
+def _rebuild(
+    cls: type[DermaflowError], what: str, where: object, expected: str | None, todo: str | None
+) -> DermaflowError:
     return cls(what, where=where, expected=expected, todo=todo)
 
 

@@ -18,7 +18,7 @@ class Settings(BaseSettings):
 
     data: Path | None = Field(None, description="Folder of the real HAM10000, where a command gets no --data.")
     registry: str = Field("runs/registry", description="Model registry: a folder or s3://bucket/prefix.")
-    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="CPU threads a process may use.")
+    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="CPU threads of a process.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
@@ -31,4 +31,6 @@ def settings() -> Settings:
 
 def start_logging() -> None:
     """Send log lines to stderr with a time; called once by commands and workers."""
-    logging.basicConfig(level=settings().log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=settings().log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )

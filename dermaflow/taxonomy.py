@@ -17,7 +17,8 @@ class Diagnosis:
     Attributes:
         code: Short code, as in the ``dx`` column of HAM10000.
         name: Name for people.
-        malignant: Whether a missed one harms: melanoma, basal cell carcinoma, actinic keratosis/intraepithelial carcinoma.
+        malignant: Whether a missed one harms: melanoma, basal cell carcinoma, actinic keratosis or intraepithelial
+            carcinoma.
         severity: Rank when several images of one lesion disagree; 0 is the most severe.
     """
 

@@ -44,11 +44,12 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def prepare(
     out: Annotated[str, typer.Option(help="Shard folder to write, local or s3://.")],
     data: Annotated[Path | None, typer.Option(help="HAM10000 folder; default DERMAFLOW_DATA.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
-    train: Annotated[float, typer.Option(help="Share of the images for training.")] = 0.65,
-    calibration: Annotated[float, typer.Option(help="Share for calibration, never trained on.")] = 0.15,
-    test: Annotated[float, typer.Option(help="Share for the test, never looked at before evaluate.")] = 0.20,
-    folds: Annotated[int, typer.Option(help="Cross-validation folds over all lesions outside test.")] = 5,
+    recipe: Annotated[str | None, typer.Option(help="Take the section `split` of this recipe (name or .yaml).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the splits; default 0.")] = None,
+    train: Annotated[float | None, typer.Option(help="Share of the images for training; default 0.65.")] = None,
+    calibration: Annotated[float | None, typer.Option(help="Share for calibration; default 0.15.")] = None,
+    test: Annotated[float | None, typer.Option(help="Share for the test; default 0.20.")] = None,
+    folds: Annotated[int | None, typer.Option(min=2, help="Cross-validation folds outside test; default 5.")] = None,
     strict: Annotated[bool, typer.Option(help="Fail on bad items instead of quarantining them.")] = False,
 ) -> None:
     """Split by lesion and write Parquet shards.
@@ -57,8 +58,12 @@ def prepare(
 
     Example: dermaflow prepare --data HAM10000 --out runs/shards
     """
+    from dermaflow.learning.recipe import load_recipe
     from dermaflow.preparation.prepare import prepare as run
+    from dermaflow.preparation.splits import SplitConfig
 
+    chosen = load_recipe(recipe).split if recipe else SplitConfig()
+    shares = {"train": train, "calibration": calibration, "test": test}
     data = data or settings().data
     if data is None:
         raise DataError(
@@ -66,7 +71,8 @@ def prepare(
         )
     with bars() as show:
         done = run(
-            data, out, seed=seed, fractions={"train": train, "calibration": calibration, "test": test}, folds=folds,
+            data, out, seed=chosen.seed if seed is None else seed, folds=folds or chosen.folds,
+            fractions={split: shares[split] or share for split, share in chosen.fractions.items()},
             strict=strict, progress=show,
         )  # fmt: skip
     for split, counts in done.manifest.counts.items():
@@ -122,15 +128,20 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Model bundle, local or s3://.")],
     shards: Shards,
     out: Annotated[Path, typer.Option(help="Folder of the report: report.html, metrics.json, predictions.parquet.")],
-    seed: Annotated[int, typer.Option(help="Seed of the lesion bootstrap.")] = 0,
-    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the lesion bootstrap.")] = 1000,
+    recipe: Annotated[str | None, typer.Option(help="Take the section `bootstrap` of this recipe.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the lesion bootstrap; default 0.")] = None,
+    resamples: Annotated[int | None, typer.Option(min=1, help="Resamples of it; default 1000.")] = None,
 ) -> None:
     """Measure a model on the test split, with lesion-bootstrap intervals, and write the report.
 
     Example: dermaflow evaluate --model runs/model --shards runs/shards --out runs/report
     """
     from dermaflow.evaluation.run import evaluate_bundle
+    from dermaflow.learning.recipe import BootstrapConfig, load_recipe
 
+    chosen = load_recipe(recipe).bootstrap if recipe else BootstrapConfig()
+    seed = chosen.seed if seed is None else seed
+    resamples = resamples or chosen.resamples
     typed = f"dermaflow evaluate --model {model} --shards {shards} --out {out} --seed {seed} --resamples {resamples}"
     with bars() as show:
         found = evaluate_bundle(model, shards, out, seed=seed, resamples=resamples, command=typed, progress=show)

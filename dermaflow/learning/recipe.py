@@ -17,6 +17,7 @@ from dermaflow.learning.backbones import BackboneConfig
 from dermaflow.learning.losses import LossConfig
 from dermaflow.learning.optimisation import OptimConfig
 from dermaflow.preparation.balancing import BalanceConfig
+from dermaflow.preparation.splits import SplitConfig
 from dermaflow.preparation.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dermaflow.schemas.bundle import InputSpec
 
@@ -29,6 +30,15 @@ class SizeConfig(BaseModel):
     height: int = Field(144, ge=16, le=1024)
     width: int = Field(192, ge=16, le=1024)
     views: Literal[1, 4] = Field(1, description="1, or 4: mean over the image and its flips when predicting.")
+
+
+class BootstrapConfig(BaseModel):
+    """The lesion bootstrap that gives every figure of the evaluation its interval."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seed: int = Field(0, ge=0)
+    resamples: int = Field(1000, ge=1)
 
 
 class Recipe(BaseModel):
@@ -49,6 +59,8 @@ class Recipe(BaseModel):
         None, ge=0, description="Keep this lesion fold out of training for validation and early stopping."
     )
     monitor_every: int = Field(1, ge=1, description="Epochs between looks at the validation loss.")
+    split: SplitConfig = Field(SplitConfig(), description="For prepare.")
+    bootstrap: BootstrapConfig = Field(BootstrapConfig(), description="For evaluate.")
 
     @model_validator(mode="after")
     def _patience_needs_a_fold(self) -> Recipe:
@@ -58,8 +70,11 @@ class Recipe(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the content; two runs with the same digest, data and weights are the same experiment."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """SHA-256 of what decides the training; the same digest, data and weights are the same experiment.
+
+        How the data are split is part of the data, and the bootstrap comes after.
+        """
+        return hashlib.sha256(self.model_dump_json(exclude={"split", "bootstrap"}).encode()).hexdigest()
 
     @property
     def input_spec(self) -> InputSpec:

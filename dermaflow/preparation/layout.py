@@ -41,8 +41,8 @@ def bucket_counts(images: pd.DataFrame, previous: Mapping[Split, int] | None) ->
     for split in SPLITS:
         rows = int((images["split"] == split).sum())
         wanted = max(1, round(rows / ROWS_A_SHARD))
-        old = (previous or {}).get(split, wanted)  # type: ignore[call-overload]
-        counts[split] = old if wanted <= 2 * old and old <= 2 * wanted else wanted  # type: ignore[index]
+        old = (previous or {}).get(split, wanted)
+        counts[split] = old if wanted <= 2 * old and old <= 2 * wanted else wanted
     return counts
 
 

@@ -20,13 +20,12 @@ from dermaflow import __version__, storage
 from dermaflow.datasets.ham10000 import read_ham10000
 from dermaflow.errors import DataError, ShardError
 from dermaflow.preparation import inspection, layout
-from dermaflow.preparation.splits import assign_lesions, lesion_table
+from dermaflow.preparation.splits import FRACTIONS, assign_lesions, lesion_table
 from dermaflow.schemas.lesion import QUARANTINE_COLUMNS, LesionArchive
 from dermaflow.schemas.shard import LESIONS_NAME, MANIFEST_NAME, QUARANTINE_NAME, Manifest, ShardFile, Split
 
 log = logging.getLogger(__name__)
 
-FRACTIONS: dict[Split, float] = {"train": 0.65, "calibration": 0.15, "test": 0.20}
 _INSPECTION_NAME = "inspection.parquet"
 _PROTECTED = ("test", "calibration", "train")  # the split whose images must least move to another comes first
 

@@ -11,11 +11,24 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field
 
 from dermaflow.errors import DataError
 from dermaflow.schemas.shard import Split
 
 Part = TypeVar("Part", Split, int)  # a split or a fold
+
+FRACTIONS: dict[Split, float] = {"train": 0.65, "calibration": 0.15, "test": 0.20}
+
+
+class SplitConfig(BaseModel):
+    """How the lesions are divided."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seed: int = Field(0, ge=0, description="Seed of the order in which lesions are dealt out.")
+    fractions: dict[Split, float] = Field(FRACTIONS, description="Share of the images of each split, sum 1.")
+    folds: int = Field(5, ge=2, description="Cross-validation folds over all lesions outside test.")
 
 
 def lesion_table(images: pd.DataFrame) -> pd.DataFrame:

@@ -7,8 +7,8 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-SPLITS: tuple[str, ...] = ("train", "calibration", "test")
 Split = Literal["train", "calibration", "test"]
+SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
 
 SHARD_SCHEMA = pa.schema(
     [
