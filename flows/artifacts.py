@@ -44,15 +44,12 @@ def show_training(model: str) -> None:
     record = bundle.training
     said = f"{record.recipe_name}: {record.epochs} epochs in {record.seconds / 60:.1f} min on {record.device}"
     for plot in training(record.history)[:1]:
-        svg = plot.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)  # it stands on its own here
+        svg = str(plot).replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)  # it stands on its own here
         picture = base64.b64encode(svg.encode()).decode()
         create_image_artifact(f"data:image/svg+xml;base64,{picture}", key="training-curve", description=said)
     names = list(dict.fromkeys(name for entry in record.history for name in entry))
-    rows = [
-        {name.removeprefix("val_").replace("_", " ") if name != "val_loss" else "validation loss":
-         f"{entry[name]:.4g}" if name in entry else "" for name in names}
-        for entry in record.history
-    ]  # fmt: skip
+    titles = {name: name.replace("val_", "validation ").replace("_", " ") for name in names}
+    rows = [{titles[name]: f"{entry[name]:.4g}" if name in entry else "" for name in names} for entry in record.history]
     create_table_artifact(rows, key="epochs", description=said)
 
 

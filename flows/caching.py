@@ -25,6 +25,11 @@ from dermaflow.evaluation.run import PREDICTIONS_NAME
 from dermaflow.learning.recipe import Recipe
 from dermaflow.preparation.reading import ShardFolder
 
+_PREPARING = ("schemas", "datasets", "preparation")
+_TRAINING = (*_PREPARING, "learning", "trust", "bundles")
+_SOURCES = {"prepare": _PREPARING, "train": _TRAINING, "evaluate": (*_TRAINING, "evaluation")}
+"""Packages whose code decides what a step gives: what other code gave is not reused."""
+
 log = logging.getLogger("dermaflow.flows")  # beneath the library's logger, so that its lines reach the run's logs
 
 
@@ -64,14 +69,15 @@ def run_once(task: Task[Any, Output], identity: Callable[[str], str], key: str, 
 
 def cache_key(step: str, *parts: object) -> str:
     """A key that names a step, what goes into it, where its output goes, and the code that runs."""
-    return f"dermaflow-{step}-{storage.sha256(repr((*map(str, parts), code_version())).encode())}"
+    content = (*map(str, parts), code_version(_SOURCES[step]))
+    return f"dermaflow-{step}-{storage.sha256(repr(content).encode())}"
 
 
 @lru_cache
-def code_version() -> str:
-    """SHA-256 over the sources of the library: a result of other code is not reused."""
+def code_version(packages: tuple[str, ...]) -> str:
+    """SHA-256 over the sources of some packages of the library."""
     root = Path(dermaflow.__file__).parent
-    files = sorted(file for file in root.rglob("*") if file.is_file() and file.suffix != ".pyc")
+    files = sorted(file for package in packages for file in (root / package).rglob("*.*") if file.suffix != ".pyc")
     return storage.sha256("".join(f"{file.relative_to(root)} {storage.sha256_file(file)}\n" for file in files).encode())
 
 

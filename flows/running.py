@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from uuid import UUID
 
 from prefect.context import TaskRunContext
@@ -29,6 +32,42 @@ def library_run() -> Iterator[None]:
         finally:
             if cluster := sys.modules.get("dermaflow.preparation.cluster"):  # loaded only where Ray was used
                 cluster.disconnect()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let a cancellation or a time limit end a wait for Ray; only tasks have time limits, so it stands within a task.
+
+    Prefect raises both from the handler of a signal. A wait inside Ray goes on in spite of what a handler raises, but
+    for Ctrl-C's KeyboardInterrupt; so this is what the handlers raise here, and the block ends with what they meant.
+    """
+    meant: list[BaseException] = []
+
+    def as_ctrl_c(handler: Callable[[int, Any], Any]) -> Callable[[int, Any], None]:
+        def handle(number: int, frame: Any) -> None:
+            try:
+                handler(number, frame)
+            except BaseException as error:
+                meant.append(error)
+                raise KeyboardInterrupt from error
+
+        return handle
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, as_ctrl_c(handler))
+    try:
+        yield
+    except BaseException:
+        if meant:
+            raise meant[0] from None
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

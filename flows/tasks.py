@@ -17,6 +17,7 @@ from dermaflow.learning.train import train
 from dermaflow.preparation.prepare import prepare
 from flows.caching import Output, model_identity, report_identity, shards_identity
 from flows.promotion import Decision, decide
+from flows.running import interruptible
 
 RETRY_AFTER = [10, 60, 300]
 """Seconds before each further try: a hiccup of a network drive, the restart of a store."""
@@ -42,14 +43,16 @@ _CAREFUL: dict[str, Any] = {
 @task(name="prepare", **_CAREFUL)
 def prepare_shards(data: Path, shards: str, seed: int) -> Output:
     """Split an archive by lesion and write shards."""
-    prepare(data, shards, seed=seed)
+    with interruptible():
+        prepare(data, shards, seed=seed)
     return Output(path=shards, identity=shards_identity(shards))
 
 
 @task(name="train", **_CAREFUL)
 def train_model(shards: str, recipe: Recipe, model: Path, weights: Path | None, workers: int | None) -> Output:
     """Train and calibrate a network."""
-    train(shards, recipe, model, weights=weights, workers=workers)
+    with interruptible():
+        train(shards, recipe, model, weights=weights, workers=workers)
     return Output(path=str(model), identity=model_identity(str(model)))
 
 
