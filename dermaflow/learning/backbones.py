@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import torch
@@ -90,7 +91,7 @@ def _body(name: str, *, imagenet: bool) -> tuple[nn.Module, int]:
         return SeedCnn(), SeedCnn.width
     try:
         model = torchvision.models.get_model(name, weights="DEFAULT" if imagenet else None)
-    except (OSError, RuntimeError) as error:  # no network and not in torchvision's cache, or a damaged file there
+    except (OSError, RuntimeError, UnpicklingError) as error:  # no network, or a damaged file in torchvision's cache
         raise RecipeError(
             f"ImageNet weights of {name} could not be had: {error}", where="backbone.weights",
             todo="put torchvision's file into its cache (TORCH_HOME) or pass --weights FILE",

@@ -1,0 +1,115 @@
+"""Recipes: a wrong key or value is named with the right one, and the digest stands for the content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dermaflow.errors import RecipeError
+from dermaflow.learning.recipe import Recipe, load_recipe, shipped_recipes
+
+
+def write(folder: Path, **content: Any) -> str:
+    file = folder / "mine.yaml"
+    file.write_text(yaml.safe_dump({"name": "mine"} | content))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"optin": {}}, r"unknown key 'optin', did you mean 'optim'\?"),
+        ({"optim": {"epoch": 3}}, r"unknown key 'optim\.epoch', did you mean 'epochs'\?"),
+        ({"augment": {"rotations": 3}}, r"unknown key 'augment\.rotations', did you mean 'rotation'\?"),
+        ({"input": {"zzz": 3}}, r"unknown key 'input\.zzz', expected one of height, width, views"),
+    ],
+)
+def test_a_misspelt_key_is_named_with_the_right_one(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=rf"mine\.yaml: {message}"):
+        load_recipe(write(tmp_path, **content))
+
+
+def test_every_wrong_thing_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'optim\.epoch'.*'optim\.lr_head'.*'sed'"):
+        load_recipe(write(tmp_path, optim={"epoch": 3, "lr_head": 1}, sed=0))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", -1),
+        ("seed", "many"),
+        ("input.height", 8),
+        ("input.views", 3),
+        ("backbone.name", "resnet9"),
+        ("backbone.dropout", 1.0),
+        ("balance.strategy", "smote"),
+        ("loss.name", "hinge"),
+        ("loss.label_smoothing", -0.1),
+        ("augment.rotation", 181),
+        ("augment.zoom", 1.0),
+        ("optim.optimizer", "sgd"),
+        ("optim.batch_size", 0),
+        ("optim.epochs", -1),
+        ("optim.lr", 0),
+        ("optim.warmup", 1.0),
+        ("optim.ema", 1.0),
+        ("optim.precision", "float16"),
+        ("monitor_every", 0),
+        ("validation_fold", -1),
+    ],
+)
+def test_an_impossible_value_is_named_and_shown(key: str, value: object) -> None:
+    with pytest.raises(RecipeError, match=rf"demo: {key}: .*\(found {value!r}\)"):
+        load_recipe("demo", {key: value})
+
+
+def test_patience_needs_a_validation_fold() -> None:
+    with pytest.raises(RecipeError, match=r"optim\.patience needs validation_fold: nothing may be chosen on"):
+        load_recipe("demo", {"optim.patience": 3})
+    assert load_recipe("demo", {"optim.patience": 3, "validation_fold": 0}).optim.patience == 3
+
+
+def test_an_unknown_recipe_is_told_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no recipe 'ham'; expected one of demo, ham10000-cpu, ham10000-seed"):
+        load_recipe("ham")
+    with pytest.raises(RecipeError, match=r"none\.yaml: no such file"):
+        load_recipe(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a", "a list; expected keys"), ("{", "not YAML"), ("", "a NoneType; expected keys")]
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yml").write_text(text)
+    with pytest.raises(RecipeError, match=rf"mine\.yml: {message}"):
+        load_recipe(str(tmp_path / "mine.yml"))
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_and_says_what_it_is_for(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name and len(recipe.description) > 30
+    assert recipe.input_spec.views == recipe.input.views
+    assert Recipe.model_validate(recipe.model_dump(mode="json")).digest == recipe.digest
+
+
+def test_the_issue_asks_for_these_recipes() -> None:
+    assert {"demo", "ham10000-cpu", "ham10000-seed"} <= set(shipped_recipes())
+
+
+def test_the_digest_changes_with_the_content_and_not_with_the_spelling(tmp_path: Path) -> None:
+    demo = load_recipe("demo")
+    same = load_recipe(write(tmp_path, **demo.model_dump(mode="json")))
+    assert same.digest == demo.digest == load_recipe("demo", {"optim.lr": "2e-3"}).digest
+    changes: list[dict[str, Any]] = [{"seed": 1}, {"optim.lr": 0.003}, {"augment.flips": False}, {"validation_fold": 0}]
+    assert len({load_recipe("demo", change).digest for change in changes} | {demo.digest}) == 5
+
+
+def test_changes_on_top() -> None:
+    assert load_recipe("demo", {"optim.epochs": 3, "loss.name": "focal"}).loss.name == "focal"  # demo has no loss block
+    with pytest.raises(RecipeError, match=r"name\.first: 'name' holds no keys; expected a key such as optim\.epochs"):
+        load_recipe("demo", {"name.first": 3})
