@@ -30,7 +30,10 @@ class OptimConfig(BaseModel):
     layer_decay: float = Field(0.6, gt=0, le=1, description="Rate of a quarter of the backbone relative to the next.")
     weight_decay: float = Field(0.05, ge=0, description="Not on biases and normalisation.")
     schedule: Literal["cosine", "one_cycle"] = "cosine"
-    warmup: float = Field(0.1, ge=0, lt=1, description="Share of a phase's steps in which the rate rises.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of a cycle's steps in which the rate rises.")
+    cycles: int = Field(
+        1, ge=1, description="cosine only: equal cycles of `epochs`, each with half the peak rate of the one before."
+    )
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     ema: float = Field(0.0, ge=0, lt=1, description="Decay a step of the averaged weights that are kept; 0 for none.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -67,12 +70,15 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: 
     if config.schedule == "one_cycle":  # Smith and Topin 2017 (arXiv 1708.07120)
         peaks = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=max(config.warmup, 2 / (steps + 1)))
-    rising = config.warmup * steps
+    length = steps / config.cycles
+    rising = config.warmup * length
 
-    def rate(step: int) -> float:
+    def rate(step: int) -> float:  # warm restarts, Loshchilov and Hutter 2017 (arXiv 1608.03983)
+        cycle = min(int(step / length), config.cycles - 1)
+        step -= int(cycle * length)
         if step < rising:
-            return (step + 1) / (rising + 1)
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, steps - rising))))
+            return 0.5**cycle * (step + 1) / (rising + 1)
+        return 0.5**cycle * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / (length - rising)))))
 
     return LambdaLR(optimizer, rate)
 
