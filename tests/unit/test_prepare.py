@@ -275,6 +275,24 @@ def test_a_repaired_image_comes_back(data: Path, out: Path, spoilt: dict[str, st
     assert unreadable not in pd.read_csv(out / QUARANTINE_NAME)["image_id"].tolist()
 
 
+def test_a_file_that_may_not_be_read_is_tried_again(data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_id, path = next(iter(image_files(data).items()))
+    real = Path.open
+
+    def refuse(self: Path, *arguments: object, **choices: object) -> object:
+        if self == path:
+            raise PermissionError(13, "Permission denied")
+        return real(self, *arguments, **choices)  # type: ignore[arg-type,call-overload]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        prepare_here(data, out)
+    bad = pd.read_csv(out / QUARANTINE_NAME)
+    assert bad[["image_id", "reason", "detail"]].values.tolist() == [[image_id, "unreadable", "Permission denied"]]
+    assert prepare_here(data, out).inspected == 1  # neither its size nor its time changed
+    assert image_id in set(rows_of(out)["image_id"]) and pd.read_csv(out / QUARANTINE_NAME).empty
+
+
 def test_another_bad_image_in_place_of_one_is_written_down(data: Path, out: Path) -> None:
     (first, path), (second, other) = list(image_files(data).items())[:2]
     good = other.read_bytes()

@@ -49,7 +49,7 @@ ARCHIVES = st.tuples(
 SITES = ["a", "b", "c", "d"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ARCHIVES, st.integers(0, 2**32 - 1))
 @example(([(3, 0, 1), (1, 1, 1), (1, 0, 2), (2, 0, 2), (2, 0, 3), (0, 0, 3)], ["mel"]), 0)  # a chain of equal images
 def test_no_lesion_and_no_image_stands_on_both_sides(
@@ -63,7 +63,7 @@ def test_no_lesion_and_no_image_stands_on_both_sides(
     assert ((found["fold"] == -1) == (found["split"] == "test")).all() and found["fold"].max() < 5
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(DIAGNOSES), st.sampled_from(SITES), st.integers(1, 6)), max_size=60),
     st.integers(0, 2**32 - 1),
@@ -146,15 +146,17 @@ def test_the_seed_decides_and_the_order_of_the_rows_does_not(ham: pd.DataFrame) 
 
 
 def test_new_lesions_move_no_old_one_and_even_out_the_shares(ham: pd.DataFrame) -> None:
-    old = ham[ham["dx"] != "mel"].iloc[::2]
-    before = assign_lesions(old, FRACTIONS, 0)
-    after = assign_lesions(ham, FRACTIONS, 0, previous=before)
-    kept = after.set_index("lesion_id").loc[before["lesion_id"], ["split", "fold"]].reset_index()
-    pd.testing.assert_frame_equal(kept, before[["lesion_id", "split", "fold"]].reset_index(drop=True))
-    assert not after["split"].equals(assign_lesions(ham, FRACTIONS, 0)["split"])  # otherwise this test shows nothing
-    for _, of_one in after.groupby("dx"):
-        share = of_one[of_one["split"] == "test"]["images"].sum() / of_one["images"].sum()
-        assert share == pytest.approx(FRACTIONS["test"], abs=max(0.02, ham["images"].max() / of_one["images"].sum()))
+    """Nor do lesions that go away, which would change the turn of those that stay."""
+    before = assign_lesions(ham[ham["dx"] != "mel"], FRACTIONS, 0)
+    now = ham.iloc[::2]
+    after = assign_lesions(now, FRACTIONS, 0, previous=before)
+    both = before.merge(after, on="lesion_id", suffixes=("_before", "_after"))
+    assert len(both) > 1000
+    assert (both["split_before"] == both["split_after"]).all() and (both["fold_before"] == both["fold_after"]).all()
+    assert not after["split"].equals(assign_lesions(now, FRACTIONS, 0)["split"])  # otherwise this test shows nothing
+    new = after[after["dx"] == "mel"]
+    for split, share in FRACTIONS.items():
+        assert abs(new[new["split"] == split]["images"].sum() - share * new["images"].sum()) <= ham["images"].max()
 
 
 @pytest.mark.parametrize(
