@@ -105,8 +105,8 @@ def fit_on_cluster(
         )  # fmt: skip
     if found["CPU"] < 2:
         raise DermaflowError("Ray has 1 CPU", expected="2, one of them to decode images", todo="let it have more CPUs")
-    # Less than a CPU each where Ray has few: workers that cannot be placed, or leave no CPU to decode their images, would
-    # wait for ever.
+    # Less than a CPU each where Ray has few: workers that cannot be placed, or leave none to decode images, would wait
+    # for ever.
     share = min(1.0, int(1000 * (found["CPU"] - 1) / workers) / 1000)
     with _epoch_log() as progress:
         trainer = TorchTrainer(
@@ -129,8 +129,10 @@ def fit_on_cluster(
         except ray.train.TrainingFailedError as error:
             cause = own_error(getattr(error, "controller_failure", error))
             raise (cause if isinstance(cause, DermaflowError) else error) from None
-        except SystemExit:  # how Ray ends the process, as if all were well, when the user stops it
-            raise KeyboardInterrupt from None
+        except SystemExit as stop:
+            if stop.code:
+                raise
+            raise KeyboardInterrupt from None  # Ray ends a process that the user stops as if all were well
     log.info("trained on %d workers, device: %s", workers, result.return_value)
     state = _state_in(result.checkpoint)
     network.load_state_dict(_kept_weights(state, recipe))
@@ -175,9 +177,8 @@ def _images(job: Job, place: Path) -> ray.data.Dataset:
     first = 0 if earlier is None else int(earlier.metrics["epoch"]) + 1
     epochs = range(first, optim.head_epochs + optim.epochs)
     blocks = [pa.table({"number": block}) for epoch in epochs for block in plan.blocks(epoch)]
-    references = ray.data.from_blocks(
-        blocks or [pa.table({"number": pa.array([], pa.int64())})]
-    )  # from_arrow runs tasks
+    # Not from_arrow, which starts a task for each table.
+    references = ray.data.from_blocks(blocks or [pa.table({"number": pa.array([], pa.int64())})])
     read = partial(read_images, groups=plan.groups, height=plan.height, width=plan.width)
     return references.map_batches(read, batch_format="numpy", batch_size=None)
 
