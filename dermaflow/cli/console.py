@@ -87,7 +87,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """Print a small table."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in header:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)

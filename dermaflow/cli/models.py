@@ -19,7 +19,7 @@ app = typer.Typer(
 
 Where = Annotated[str | None, typer.Option("--registry", help="Folder or s3://; default DERMAFLOW_REGISTRY.")]
 Id = Annotated[str, typer.Argument(help="A version, the unique beginning of one, or 'champion'.")]
-_SHOWN = ("accuracy", "balanced_accuracy", "balanced_accuracy_at_balanced", "macro_auc", "ece")
+_SHORT = {"accuracy": "acc", "balanced_accuracy": "bacc", "macro_auc": "auc", "ece": "ece"}
 
 
 def _open(where: str | None) -> Registry:
@@ -37,12 +37,10 @@ def list_(registry: Where = None) -> None:
     rows = []
     for version in _open(registry).list():
         metrics = version.bundle.metrics or {}
+        figures = "  ".join(f"{short} {metrics[name]:.3f}" for name, short in _SHORT.items() if name in metrics)
         mark = "★" if version.champion else ""
-        added = f"{version.added:%Y-%m-%d %H:%M}"
-        rows.append(
-            [mark, version.id, version.bundle.training.recipe_name, added, *(_figure(metrics.get(n)) for n in _SHOWN)]
-        )
-    print_table("models", ["", "version", "recipe", "added (UTC)", *(name.replace("_", " ") for name in _SHOWN)], rows)
+        rows.append([mark, version.id, f"{version.added:%Y-%m-%d %H:%M}", figures or "not evaluated"])
+    print_table("models", ["", "version", "added (UTC)", "on its test split"], rows)
 
 
 @app.command()
