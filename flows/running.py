@@ -73,20 +73,21 @@ def interruptible() -> Iterator[None]:
 @contextmanager
 def _run_logs() -> Iterator[None]:
     """Attached here and not by PREFECT_LOGGING_EXTRA_LOGGERS: it needs no setting, and lines of other threads count."""
-    handler = APILogHandler()
-    handler.addFilter(_Stamp(UUID(flow_run.id)))
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    loggers = [logger for logger in loggers if not any(isinstance(h, APILogHandler) for h in logger.handlers)]
+    attached: list[tuple[logging.Logger, APILogHandler]] = []
+    for logger in map(logging.getLogger, _LOGGERS):
+        if not any(isinstance(other, APILogHandler) for other in logger.handlers):  # by that setting
+            handler = APILogHandler()  # one each: Ray gives those of its logger a format of its own
+            handler.addFilter(_Stamp(UUID(flow_run.id)))
+            logger.addHandler(handler)
+            attached.append((logger, handler))
     library = logging.getLogger("dermaflow")
     level = library.level
-    for logger in loggers:
-        logger.addHandler(handler)
     library.setLevel(settings().log_level)
     try:
         yield
     finally:
         library.setLevel(level)
-        for logger in loggers:
+        for logger, handler in attached:
             logger.removeHandler(handler)
 
 
