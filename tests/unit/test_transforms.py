@@ -61,6 +61,13 @@ def test_every_shape_gives_exactly_the_asked_size(size: tuple[int, int], kind: s
         assert found.shape == (*wanted, 3) and found.dtype == np.uint8 and found.flags["C_CONTIGUOUS"]
 
 
+def test_fine_structure_is_averaged_and_not_sampled() -> None:
+    rows, columns = np.mgrid[:480, :640]
+    board = np.repeat(((rows + columns) % 2 * 255).astype(np.uint8)[:, :, None], 3, axis=2)
+    found = pixels(encode(board), 47, 63).astype(int)
+    assert np.abs(found - 127).max() <= 4
+
+
 def test_a_strip_of_one_pixel_is_not_blown_up() -> None:
     """Scaled to cover 144 x 192 whole, it would take 100 GB."""
     strip = np.zeros((1, 1_000_000, 3), np.uint8)
