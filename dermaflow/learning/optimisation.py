@@ -78,7 +78,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: 
         step -= int(cycle * length)
         if step < rising:
             return 0.5**cycle * (step + 1) / (rising + 1)
-        return 0.5**cycle * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / (length - rising)))))
+        done = min(1.0, (step - rising) / (length - rising))
+        return 0.5**cycle * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
     return LambdaLR(optimizer, rate)
 

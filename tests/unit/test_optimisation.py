@@ -92,3 +92,16 @@ def test_the_device_of_the_environment_is_used_and_logged(
         assert pick_device() == torch.device("cpu")
     assert "device: cpu" in caplog.text
     settings.cache_clear()
+
+
+def test_each_cycle_starts_anew_at_half_the_rate(network: Network) -> None:
+    config = OptimConfig(lr=1.0, layer_decay=1.0, warmup=0.1, cycles=2)
+    schedule = make_schedule(make_optimizer(network, config, head_only=False), config, 200)
+    shares = []
+    for _ in range(200):
+        shares.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    assert max(shares[:100]) == pytest.approx(1.0, abs=0.02) and max(shares[100:]) == pytest.approx(0.5, abs=0.02)
+    assert shares[99] < 0.05 and shares[199] < 0.05
+    assert shares[100:200] == pytest.approx([share / 2 for share in shares[:100]])
