@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.synchronize
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -178,9 +180,12 @@ def test_comparison_shows_what_differs(registry: Registry, tmp_path: Path) -> No
     assert not other.same_data and other.recipe == {}
 
 
-def _add_and_promote(uri: str, bundles: list[Path], gate: multiprocessing.synchronize.Barrier) -> None:
-    registry = Registry(uri)
+def _meet(gate: multiprocessing.synchronize.Barrier) -> None:
     gate.wait()
+
+
+def _add_and_promote(uri: str, bundles: list[Path]) -> None:
+    registry = Registry(uri)
     for bundle in bundles:
         registry.promote(registry.add(bundle).id, reason="race", by=bundle.name)
 
@@ -188,17 +193,11 @@ def _add_and_promote(uri: str, bundles: list[Path], gate: multiprocessing.synchr
 def test_processes_at_the_same_time_lose_nothing(registry: Registry, tmp_path: Path) -> None:
     bundles = [save_tiny(tmp_path / f"m{i}", a_bundle(name=f"m{i}"), i) for i in range(6)]
     shared = save_tiny(tmp_path / "shared", a_bundle(name="shared"), 9.0)
-    context = multiprocessing.get_context("fork")
-    gate = context.Barrier(3)
-    processes = [
-        context.Process(target=_add_and_promote, args=(registry.uri, [shared, *bundles[2 * i : 2 * i + 2]], gate))
-        for i in range(3)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(3, mp_context=context, initializer=_meet, initargs=(context.Barrier(3),)) as pool:
+        jobs = [pool.submit(_add_and_promote, registry.uri, [shared, *bundles[2 * i : 2 * i + 2]]) for i in range(3)]
+        for job in jobs:
+            job.result()
     assert sorted(v.bundle.name for v in registry.list()) == [*(f"m{i}" for i in range(6)), "shared"]
     entries = registry.history()
     assert {e.to_version for e in entries} == {v.id for v in registry.list()}
