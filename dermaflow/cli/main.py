@@ -154,7 +154,7 @@ def evaluate(
 @command
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("demo-run"),
-    images: Annotated[int, typer.Option(min=200, help="Synthetic images to draw.")] = 1200,
+    images: Annotated[int, typer.Option(min=200, help="Synthetic images to draw.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
 ) -> None:
     """The main job on synthetic images: draw, check, prepare, train, evaluate, promote; some minutes on two cores.
