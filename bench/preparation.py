@@ -28,10 +28,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # one image a core at a time is the fastest
 import numpy as np
 import pyarrow as pa
 import torch
-import torchvision
 from PIL import Image
 from rounds import compare, machine, seconds
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import resize
 
 from dermaflow.datasets.synthetic import generate
 from dermaflow.preparation.cluster import connect, map_tables
@@ -51,8 +52,7 @@ def with_pillow(path: str) -> np.ndarray:
 
 
 def with_torchvision(path: str) -> np.ndarray:
-    image = torchvision.io.decode_image(path, mode=torchvision.io.ImageReadMode.RGB)
-    image = torchvision.transforms.v2.functional.resize(image, [HEIGHT, WIDTH], antialias=True)
+    image = resize(decode_image(path, mode=ImageReadMode.RGB), [HEIGHT, WIDTH], antialias=True)
     return image.permute(1, 2, 0).numpy()
 
 

@@ -78,7 +78,7 @@ def fit_on_cluster(
         recipe: Its batch size is that of all workers together.
         folder: Shards; on a cluster of several machines, reachable from all of them.
         checkpoints: Folder of the run's records; likewise.
-        workers: Processes, each with a GPU if there are any.
+        workers: Processes, each with a GPU if this machine has one.
 
     Returns:
         The trained network on the CPU, the history and the workers' device.
@@ -129,10 +129,9 @@ def fit_on_cluster(
         except ray.train.TrainingFailedError as error:
             cause = own_error(getattr(error, "controller_failure", error))
             raise (cause if isinstance(cause, DermaflowError) else error) from None
-        except SystemExit as stop:
-            if stop.code:
-                raise
-            raise KeyboardInterrupt from None  # Ray ends a process that the user stops as if all were well
+        except SystemExit:  # what Ray makes of Ctrl-C, when it has stopped the workers
+            log.warning("stopped; the same command goes on after the last epoch")
+            raise
     log.info("trained on %d workers, device: %s", workers, result.return_value)
     state = _state_in(result.checkpoint)
     network.load_state_dict(_kept_weights(state, recipe))

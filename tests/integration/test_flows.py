@@ -21,6 +21,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
 from prefect.flows import load_flow_from_entrypoint
+from prefect.logging.handlers import APILogHandler
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import (
     PREFECT_API_URL,
@@ -101,7 +102,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     }
     with temporary_settings(ephemeral, restore_defaults={PREFECT_API_URL}):
         yield made
-        SubprocessASGIServer().stop()  # the temporary one, while its words still have a place to go
+        APILogHandler().flush()
+        SubprocessASGIServer().stop()  # the temporary one, while what it says still has a place to go
 
 
 def last_run() -> FlowRun:
