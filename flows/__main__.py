@@ -45,8 +45,8 @@ def _command(flow: Flow[Any, Any]) -> Callable[..., None]:
     hints, about = get_type_hints(flow.fn), parameter_docstrings(inspect.getdoc(flow.fn))
 
     def run(**given: Any) -> None:
-        # Prefect hands SIGTERM on to the handler before its own. The default one ends the process at once; with this one
-        # the server still hears that the run ended.
+        # Prefect hands SIGTERM on to the handler before its own. The default one ends the process at once; after this
+        # one the server still hears that the run ended.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             flow(**given)
