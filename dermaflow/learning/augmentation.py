@@ -33,19 +33,22 @@ class AugmentConfig(BaseModel):
 _GREY = torch.tensor([0.299, 0.587, 0.114])  # luma weights of ITU-R BT.601
 
 
-def augment(pixels: torch.Tensor, config: AugmentConfig, generator: torch.Generator) -> torch.Tensor:
+def augment(
+    pixels: torch.Tensor, config: AugmentConfig, generator: torch.Generator, size: tuple[int, int] | None = None
+) -> torch.Tensor:
     """Change every image of a batch in its own way.
 
     Args:
         pixels: uint8 [N, H, W, 3] on any device.
         config: How far.
         generator: CPU generator; the same state gives the same result.
+        size: Height and width to come out, if not those that went in; not below half of them, where sampling aliases.
 
     Returns:
-        uint8 [N, H, W, 3].
+        uint8 [N, H, W, 3] of that size.
     """
     planes = pixels.permute(0, 3, 1, 2).float()
-    planes = _move(planes, config, generator)
+    planes = _move(planes, config, generator, size or (pixels.shape[1], pixels.shape[2]))
     planes = _recolour(planes, config, generator)
     if config.erase:
         planes = _erase(planes, config.erase, generator)
@@ -56,7 +59,9 @@ def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.G
     return torch.rand(shape, generator=generator) * (high - low) + low
 
 
-def _move(planes: torch.Tensor, config: AugmentConfig, generator: torch.Generator) -> torch.Tensor:
+def _move(
+    planes: torch.Tensor, config: AugmentConfig, generator: torch.Generator, size: tuple[int, int]
+) -> torch.Tensor:
     """Rotate, scale, stretch, shift and flip through one sampling grid; the border is mirrored."""
     count, _, height, width = planes.shape
     angle = _uniform((count,), -config.rotation, config.rotation, generator) * (math.pi / 180)
@@ -72,7 +77,7 @@ def _move(planes: torch.Tensor, config: AugmentConfig, generator: torch.Generato
     theta[:, 0, 0], theta[:, 0, 1] = cos * stretch * sign, -sin / aspect * stretch
     theta[:, 1, 0], theta[:, 1, 1] = sin * aspect / stretch * sign, cos / stretch
     theta[:, :, 2] = _uniform((count, 2), -2 * config.shift, 2 * config.shift, generator)
-    grid = functional.affine_grid(theta.to(planes.device), [count, 3, height, width], align_corners=False)
+    grid = functional.affine_grid(theta.to(planes.device), [count, 3, *size], align_corners=False)
     return functional.grid_sample(planes, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 

@@ -129,8 +129,9 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
             if head_only:
                 network.body.eval()  # keeps the running statistics of the normalisation layers
             total, images = 0.0, 0.0
+            size = recipe.input.at_epoch(epoch)
             for step, (pixels, targets) in enumerate(islice(run.feed.epoch(epoch), run.feed.steps)):
-                inputs = normalise(augment(pixels.to(run.device), recipe.augment, draws), recipe.input_spec)
+                inputs = normalise(augment(pixels.to(run.device), recipe.augment, draws, size), recipe.input_spec)
                 targets = targets.to(run.device)
                 with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
                     logits = model(inputs)

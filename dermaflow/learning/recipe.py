@@ -30,6 +30,15 @@ class SizeConfig(BaseModel):
     height: int = Field(144, ge=16, le=1024)
     width: int = Field(192, ge=16, le=1024)
     views: Literal[1, 4] = Field(1, description="1, or 4: mean over the image and its flips when predicting.")
+    small_epochs: int = Field(
+        0, ge=0, description="So many first epochs train at two thirds of the size, for less than half the work."
+    )
+
+    def at_epoch(self, epoch: int) -> tuple[int, int]:
+        """Height and width to train at; growing sizes are those of EfficientNetV2 (arXiv 2104.00298)."""
+        if epoch >= self.small_epochs:
+            return self.height, self.width
+        return self.height * 2 // 3, self.width * 2 // 3
 
 
 class BootstrapConfig(BaseModel):

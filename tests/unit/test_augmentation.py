@@ -95,6 +95,13 @@ def test_a_quarter_turn_is_numpys(batch: torch.Tensor, monkeypatch: pytest.Monke
     assert min(turned) <= 1
 
 
+def test_a_smaller_size_is_the_same_picture_smaller(discs: torch.Tensor) -> None:
+    found = augment(discs, only(), torch.Generator().manual_seed(0), (HEIGHT * 2 // 3, WIDTH * 2 // 3))
+    assert found.shape == (64, HEIGHT * 2 // 3, WIDTH * 2 // 3, 3)
+    heights, widths = extents(found)
+    assert set(heights.tolist()) <= {21, 22} and set(widths.tolist()) <= {21, 22}  # two thirds of 32
+
+
 def test_rotation_stays_within_its_angle(discs: torch.Tensor) -> None:
     bar = torch.zeros_like(discs)
     bar[:, HEIGHT // 2 - 2 : HEIGHT // 2 + 2, WIDTH // 2 - 20 : WIDTH // 2 + 20] = 255

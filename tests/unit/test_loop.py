@@ -80,6 +80,16 @@ def figures(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]
 
 
+def test_the_first_epochs_see_small_images_and_the_last_whole_ones(pixels: np.ndarray) -> None:
+    recipe = a_recipe(epochs=3)
+    recipe = recipe.model_copy(update={"input": recipe.input.model_copy(update={"small_epochs": 2})})
+    network, seen = a_network(recipe), []
+    network.body.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[2:])))
+    fit(network, a_run(recipe, pixels))
+    steps = len(seen) // 3
+    assert seen == [(16, 21)] * (2 * steps) + [(24, 32)] * steps
+
+
 def test_the_loss_falls_on_what_can_be_learned(pixels: np.ndarray) -> None:
     recipe = a_recipe(epochs=12)
     network, history = fit(a_network(recipe), a_run(recipe, pixels))
