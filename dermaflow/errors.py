@@ -21,7 +21,7 @@ class DermaflowError(Exception):
         if expected:
             text += f"; expected {expected}"
         if todo:
-            text += f". {todo[0].upper()}{todo[1:]}."
+            text += f". {todo[0].upper()}{todo[1:]}" + ("" if todo.endswith("?") else ".")
         super().__init__(text)
 
     def __reduce__(self) -> tuple[object, ...]:  # keyword arguments survive the way back from a Ray worker
@@ -58,9 +58,17 @@ class RegistryError(DermaflowError):
     """The model registry does not hold what was asked for."""
 
 
+class KnowledgeError(DermaflowError):
+    """A rule, option, text or utility of the pathway knowledge base is wrong, or a condition does not make sense."""
+
+
 class StorageError(DermaflowError):
     """A path or address could not be read or written."""
 
 
 class FetchError(DermaflowError):
     """A download failed or does not have the published checksum."""
+
+
+class SignOffError(DermaflowError):
+    """A sign-off is incomplete, or the log of sign-offs was tampered with."""

@@ -1,4 +1,4 @@
-"""prepare, train, evaluate, demo; the groups `data` and `models` have files of their own."""
+"""prepare, train, evaluate, demo; the other commands and the groups have files of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import yaml
 from dermaflow import __version__
 from dermaflow.cli import data as data_commands
 from dermaflow.cli import models as model_commands
+from dermaflow.cli import pathways as pathway_commands
+from dermaflow.cli import recommend as recommend_commands
+from dermaflow.cli import trust as trust_commands
 from dermaflow.cli.console import bars, command, console, print_table
 from dermaflow.errors import DataError, RecipeError
 from dermaflow.settings import settings
@@ -21,13 +24,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""From an archive of dermoscopy images to a trained, calibrated, evaluated model.
 
-The main job, step by step: **data check**, **prepare**, **train**, **evaluate**, **models promote**.
+The main job, step by step: **data check**, **prepare**, **train**, **evaluate**, **models promote**; for patients,
+**recommend** and **sign**; for one image, **explain**.
 See all of it on synthetic images with **demo**. Machine settings are environment variables DERMAFLOW_*
 (DATA, REGISTRY, THREADS, DEVICE, LOG_LEVEL).""",
 )
 
 app.add_typer(data_commands.app, name="data")
 app.add_typer(model_commands.app, name="models")
+app.add_typer(pathway_commands.app, name="pathways")
+app.command()(trust_commands.calibrate)
+app.command()(trust_commands.explain)
+app.command()(recommend_commands.recommend)
+app.command()(recommend_commands.sign)
 
 Shards = Annotated[str, typer.Option(help="Folder that `dermaflow prepare` wrote, local or s3://.")]
 
@@ -157,12 +166,15 @@ def demo(
     images: Annotated[int, typer.Option(min=200, help="Synthetic images to draw.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
 ) -> None:
-    """The main job on synthetic images: draw, check, prepare, train, evaluate, promote; some minutes on two cores.
+    """The main job on synthetic images: draw, check, prepare, train, evaluate, promote, recommend.
+
+    Takes some minutes on two cores.
 
     Run it again: what is done is not done again.
     """
     registry = str(out / "registry")
     source, shards, model, report = out / "data", out / "shards", out / "model", out / "report"
+    pathways = out / "pathways"
     steps = [
         ("draw a synthetic HAM10000", source.exists(),
          lambda: data_commands.synth(source, images=images, seed=seed, height=150, width=200)),
@@ -173,13 +185,27 @@ def demo(
         ("register and promote", False, lambda: model_commands.add(model, registry=registry)),
         ("", False, lambda: model_commands.promote("demo", reason="demo", registry=registry)),
         ("", False, lambda: model_commands.list_(registry=registry)),
+        ("pathways for the patients of the test split", (pathways / "index.html").exists(),
+         lambda: _demo_pathways(report, model, pathways, seed)),
     ]  # fmt: skip
     for title, done, step in steps:
         if title:
             console.rule(f"[bold]{title}{' (done before)' if done else ''}", align="left")
         if not done:
             step()
-    console.print(f"\nThe report lies at {(report / 'report.html').absolute()}", soft_wrap=True)
+    console.print(f"\nThe pathways lie at {(pathways / 'index.html').absolute()}", soft_wrap=True)
+    console.print(f"The report lies at {(report / 'report.html').absolute()}", soft_wrap=True)
+
+
+def _demo_pathways(report: Path, model: Path, out: Path, seed: int) -> None:
+    """Draw a patient for every test lesion and recommend."""
+    import pandas as pd
+
+    from dermaflow.datasets.synthetic.patients import draw_patients
+
+    patients = report.parent / "patients.csv"
+    draw_patients(pd.read_parquet(report / "predictions.parquet"), seed).to_csv(patients, index=False)
+    recommend_commands.recommend(str(report / "findings.parquet"), str(patients), out, model=str(model))
 
 
 def _changes(pairs: list[str]) -> dict[str, Any]:

@@ -1,21 +1,24 @@
 """What a trained model is on disk: ``weights.safetensors``, ``bundle.json`` (this schema), ``card.md``.
 
 ``bundle.json`` holds the SHA-256 of the other files, and ``bundle.sha256`` that of ``bundle.json``, which identifies
-the model.
+the model. ``ood.safetensors`` and ``reference.json`` hold what new images are compared with (`Reference`).
 
 `Calibration` is fitted on the ``calibration`` split only and turns logits into findings.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from dermaflow.taxonomy import CODES
 
 WEIGHTS_NAME = "weights.safetensors"
 OOD_NAME = "ood.safetensors"
+REFERENCE_NAME = "reference.json"
 BUNDLE_NAME = "bundle.json"
 CARD_NAME = "card.md"
 DIGEST_NAME = "bundle.sha256"
@@ -49,12 +52,44 @@ class OperatingPoint(_Strict):
 
 
 class OodSpec(_Strict):
-    """kNN distance to calibration features; the features lie in ``ood.safetensors`` (float16, L2-normalised)."""
+    """Mahalanobis distance from the features of the training split (`Reference`), which lie beside ``bundle.json``."""
 
-    method: Literal["knn"] = "knn"
-    k: int
-    threshold: float  # 95 % quantile of the leave-one-out distance on the calibration split
-    features_sha256: str = ""  # of ``ood.safetensors``; filled in when the bundle is saved
+    method: Literal["mahalanobis"] = "mahalanobis"
+    quantile: float  # share of the calibration images that counts as ordinary
+    threshold: float  # that quantile of their distance; above it an image is unlike the training images
+    features_sha256: str = ""  # of ``ood.safetensors``; this and the next are filled in when the bundle is saved
+    reference_sha256: str = ""  # of ``reference.json``
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The training images that a new one is compared with.
+
+    They stand in the bundle by id and diagnosis, never as pictures; a bundle that may not name them has no reference.
+
+    Attributes:
+        features: float16 [N, D], L2-normalised features of the network (one view).
+        mean: float32 [D], of the features as they are.
+        whitener: float32 [D, D]; (feature - mean) @ whitener has the length of the Mahalanobis distance over sqrt(D).
+        image_ids: [N].
+        lesion_ids: [N].
+        dx: [N], codes of the diagnoses.
+    """
+
+    features: np.ndarray
+    mean: np.ndarray
+    whitener: np.ndarray
+    image_ids: tuple[str, ...]
+    lesion_ids: tuple[str, ...]
+    dx: tuple[str, ...]
+
+
+class SafetyPolicy(_Strict):
+    """When a lesion counts as suspicious although its most probable diagnosis is benign (`dermaflow.trust.policy`)."""
+
+    mel_threshold: float | None = None  # p_mel from which on; None: not looked at
+    malignant_threshold: float | None = None  # p_malignant from which on
+    use_set: bool = False  # a malignant class in the conformal set
 
 
 class Calibration(_Strict):
@@ -70,10 +105,14 @@ class Calibration(_Strict):
     conformal_alpha: float
     conformal_quantiles: list[float]  # class k is in the set if 1 - p_k <= quantile_k; 1.0 where too few lesions
     mel_threshold: float  # p_mel from which melanoma is not missed: 95 % sensitivity with a margin, at most 0.10
+    malignant_threshold: float  # the same for p_malignant (mel, bcc, akiec), without a limit
+    entropy_threshold: float  # nats; 95 % quantile of the entropy of the probabilities
+    policy: SafetyPolicy  # finds most melanomas while few benign lesions are flagged
     operating_points: list[OperatingPoint]
     ood: OodSpec | None
     images: int
     lesions: int
+    data_hash: str = ""  # of the shards it was fitted on
 
 
 class TrainingRecord(_Strict):
@@ -97,7 +136,7 @@ class TrainingRecord(_Strict):
 class Bundle(_Strict):
     """The content of ``bundle.json``."""
 
-    format: Literal["dermaflow-bundle/1"] = "dermaflow-bundle/1"
+    format: Literal["dermaflow-bundle/2"] = "dermaflow-bundle/2"
     name: str
     backbone: str
     classes: tuple[str, ...] = CODES
