@@ -1,6 +1,6 @@
 """Decode, resize and write 600x450 JPEGs: DermaFlow on Ray Data, a multiprocessing pool, a torch DataLoader.
 
-    python bench/preparation.py [--images 4000] [--rounds 5] [--memory]
+    python bench/preparation.py [--images 10000] [--rounds 5] [--memory]
 
 Every contestant reads the same files, makes uint8 pixels of 144x192 and writes them as .npy blocks of 500 images, on
 the same cores. The pool and the DataLoader appear twice: as a user would write them (decode at full size with Pillow or
@@ -188,7 +188,7 @@ def private_memory(tree) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true")
     chosen = parser.parse_args()

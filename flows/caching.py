@@ -21,7 +21,7 @@ from dermaflow import storage
 from dermaflow.bundles.bundle import read_files
 from dermaflow.errors import DataError, DermaflowError
 from dermaflow.evaluation.report import CARD_NAME, METRICS_NAME, REPORT_NAME
-from dermaflow.evaluation.run import PREDICTIONS_NAME
+from dermaflow.evaluation.run import FINDINGS_NAME, PREDICTIONS_NAME
 from dermaflow.learning.recipe import Recipe
 from dermaflow.preparation.reading import ShardFolder
 
@@ -116,5 +116,5 @@ def model_identity(uri: str) -> str:
 
 def report_identity(folder: str) -> str:
     """SHA-256 over the files of a report."""
-    names = (METRICS_NAME, PREDICTIONS_NAME, CARD_NAME, REPORT_NAME)
+    names = (METRICS_NAME, PREDICTIONS_NAME, FINDINGS_NAME, CARD_NAME, REPORT_NAME)
     return storage.sha256("".join(storage.sha256_file(storage.join(folder, name)) for name in names).encode())

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dermaflow.schemas.bundle import Bundle, Calibration, InputSpec, OperatingPoint, TrainingRecord
+from dermaflow.schemas.bundle import Bundle, Calibration, InputSpec, OperatingPoint, SafetyPolicy, TrainingRecord
 from dermaflow.taxonomy import CODES, MELANOMA
 
 MIX = np.array([0.0327, 0.0513, 0.1097, 0.0115, 0.1111, 0.6695, 0.0142])  # images by class in HAM10000
@@ -109,6 +109,9 @@ def ham_like_bundle(predictions: pd.DataFrame) -> Bundle:
             conformal_alpha=0.1,
             conformal_quantiles=quantiles,
             mel_threshold=threshold,
+            malignant_threshold=threshold,
+            entropy_threshold=1.3,
+            policy=SafetyPolicy(mel_threshold=2 * threshold, malignant_threshold=3 * threshold),
             operating_points=[
                 OperatingPoint(name="accuracy", tau=0.0),
                 OperatingPoint(name="balanced", tau=0.7),

@@ -8,9 +8,33 @@ import numpy as np
 import torch
 
 from dermaflow.bundles.bundle import save_bundle
-from dermaflow.schemas.bundle import Bundle, Calibration, InputSpec, OodSpec, OperatingPoint, TrainingRecord
+from dermaflow.schemas.bundle import (
+    Bundle,
+    Calibration,
+    InputSpec,
+    OodSpec,
+    OperatingPoint,
+    Reference,
+    SafetyPolicy,
+    TrainingRecord,
+)
 
-FEATURES = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float16)
+
+def a_reference(images: int = 12) -> Reference:
+    """Features of a few images, two of each lesion."""
+    features = np.random.default_rng(0).normal(size=(12, 8))[:images].astype(np.float16)
+    rows = range(images)
+    return Reference(
+        features=features,
+        mean=np.zeros(8, np.float32),
+        whitener=np.eye(8, dtype=np.float32),
+        image_ids=tuple(f"image{i}" for i in rows),
+        lesion_ids=tuple(f"lesion{i // 2}" for i in rows),
+        dx=("mel", "nv") * (images // 2),
+    )
+
+
+REFERENCE = a_reference()
 
 
 def a_calibration(temperature: float = 1.3, ood: bool = True) -> Calibration:
@@ -20,8 +44,11 @@ def a_calibration(temperature: float = 1.3, ood: bool = True) -> Calibration:
         conformal_alpha=0.1,
         conformal_quantiles=[0.5] * 7,
         mel_threshold=0.08,
+        malignant_threshold=0.1,
+        entropy_threshold=1.2,
+        policy=SafetyPolicy(mel_threshold=0.08),
         operating_points=[OperatingPoint(name="accuracy", tau=0.0)],
-        ood=OodSpec(k=5, threshold=0.4) if ood else None,
+        ood=OodSpec(quantile=0.98, threshold=1.4) if ood else None,
         images=12,
         lesions=10,
     )

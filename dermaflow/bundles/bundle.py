@@ -1,6 +1,6 @@
 """Write and read a model bundle: a folder that is whole and unchanged, or an error that says what is wrong with it.
 
-`bundle.json` names the SHA-256 of the weights, the out-of-distribution features and the card; `bundle.sha256` names
+`bundle.json` names the SHA-256 of the weights, the reference features, their ids and the card; `bundle.sha256` names
 that of `bundle.json`, so a single changed byte in any file is noticed. Nothing is ever unpickled.
 """
 
@@ -20,13 +20,26 @@ from safetensors import SafetensorError
 
 from dermaflow import storage
 from dermaflow.errors import BundleError, StorageError
-from dermaflow.schemas.bundle import BUNDLE_NAME, CARD_NAME, DIGEST_NAME, OOD_NAME, WEIGHTS_NAME, Bundle, Calibration
+from dermaflow.schemas.bundle import (
+    BUNDLE_NAME,
+    CARD_NAME,
+    DIGEST_NAME,
+    OOD_NAME,
+    REFERENCE_NAME,
+    WEIGHTS_NAME,
+    Bundle,
+    Calibration,
+    Reference,
+)
 from dermaflow.taxonomy import CODES
 
 MAX_BYTES = 4 << 30
 """Largest file that is read: seven times the weights of VGG16, the largest backbone here."""
 
-_OOD_KEY = "features"
+_TENSORS = {"features": np.float16, "mean": np.float32, "whitener": np.float32}
+_IDS = ("image_ids", "lesion_ids", "dx")
+_OLDER = ("dermaflow-bundle/1",)
+"""Formats whose weights can be read, and whose calibration cannot."""
 _FETCH_AGAIN = "fetch the bundle again from where it came, or train it again"
 
 
@@ -37,20 +50,20 @@ class LoadedBundle:
     Attributes:
         bundle: What the model is.
         weights: The network's state by name, on the CPU.
-        ood_features: float16 [N, D], L2-normalised features of the calibration split; None if not fitted.
+        reference: Training images that new ones are compared with; None if there are none.
         card: The model card, Markdown.
         sha256: SHA-256 of ``bundle.json``; it contains the hashes of the other files and so identifies the model.
     """
 
     bundle: Bundle
     weights: dict[str, torch.Tensor]
-    ood_features: np.ndarray | None
+    reference: Reference | None
     card: str
     sha256: str
 
 
 def save_bundle(
-    path: Path, bundle: Bundle, weights: Mapping[str, torch.Tensor], ood_features: np.ndarray | None, card: str
+    path: Path, bundle: Bundle, weights: Mapping[str, torch.Tensor], reference: Reference | None, card: str
 ) -> None:
     """Write a bundle; the folder appears whole or not at all, and replaces an older one.
 
@@ -58,19 +71,19 @@ def save_bundle(
         path: Folder to write.
         bundle: What the model is; its hashes are filled in here.
         weights: The network's state by name.
-        ood_features: float16 [N, D] that ``bundle.calibration.ood`` refers to, None exactly if there is none.
+        reference: Training images that ``bundle.calibration.ood`` refers to, None exactly if there is none.
         card: The model card, Markdown.
 
     Raises:
-        BundleError: Features are given without their statistics, or the other way round.
+        BundleError: A reference is given without its distances, or the other way round.
         StorageError: The disk is full or cannot be written.
     """
     calibration = bundle.calibration
-    if (ood_features is None) != (calibration is None or calibration.ood is None):
+    if (reference is None) != (calibration is None or calibration.ood is None):
         raise BundleError(
-            "out-of-distribution features and their statistics must come together",
+            "the reference and the out-of-distribution distance must come together",
             where=path,
-            todo="pass the calibration and the features that `calibrate` returned together",
+            todo="pass the reference that the calibration was fitted with",
         )
     files = {
         WEIGHTS_NAME: safetensors.torch.save(
@@ -80,9 +93,15 @@ def save_bundle(
     }
     hashes: dict[str, object] = {"card_sha256": storage.sha256(files[CARD_NAME])}
     hashes["weights_sha256"] = storage.sha256(files[WEIGHTS_NAME])
-    if ood_features is not None and calibration is not None and calibration.ood is not None:
-        files[OOD_NAME] = safetensors.numpy.save({_OOD_KEY: np.ascontiguousarray(ood_features, dtype=np.float16)})
-        ood = calibration.ood.model_copy(update={"features_sha256": storage.sha256(files[OOD_NAME])})
+    if reference is not None and calibration is not None and calibration.ood is not None:
+        tensors = {name: np.ascontiguousarray(getattr(reference, name), kind) for name, kind in _TENSORS.items()}
+        files[OOD_NAME] = safetensors.numpy.save(tensors)
+        files[REFERENCE_NAME] = json.dumps({name: getattr(reference, name) for name in _IDS}).encode()
+        digests = {
+            "features_sha256": storage.sha256(files[OOD_NAME]),
+            "reference_sha256": storage.sha256(files[REFERENCE_NAME]),
+        }
+        ood = calibration.ood.model_copy(update=digests)
         hashes["calibration"] = calibration.model_copy(update={"ood": ood})
     content = bundle.model_copy(update=hashes).model_dump_json(indent=2).encode()
     files |= {BUNDLE_NAME: content, DIGEST_NAME: storage.sha256(content).encode()}
@@ -101,22 +120,47 @@ def load_bundle(path_or_uri: str | Path) -> LoadedBundle:
     bundle, files = read_files(path_or_uri)
     try:
         weights = safetensors.torch.load(files[WEIGHTS_NAME])
-        features = safetensors.numpy.load(files[OOD_NAME])[_OOD_KEY] if OOD_NAME in files else None
+        reference = _read_reference(files) if OOD_NAME in files else None
     except (SafetensorError, KeyError) as error:
         raise BundleError(
             f"not safetensors ({error})",
             where=path_or_uri,
-            expected=f"{WEIGHTS_NAME} and {OOD_NAME}",
+            expected=f"{WEIGHTS_NAME}, {OOD_NAME} and {REFERENCE_NAME}",
             todo=_FETCH_AGAIN,
         ) from error
-    return LoadedBundle(bundle, weights, features, files[CARD_NAME].decode(), files[DIGEST_NAME].decode())
+    return LoadedBundle(bundle, weights, reference, files[CARD_NAME].decode(), files[DIGEST_NAME].decode())
+
+
+def load_uncalibrated(path_or_uri: str | Path) -> LoadedBundle:
+    """Read the network of a bundle, also of an older format, without what was fitted or measured after training.
+
+    Raises:
+        BundleError: As in `load_bundle`.
+    """
+    content, digest = read_description(path_or_uri)
+    bundle = parse_bundle(content, where=storage.join(path_or_uri, BUNDLE_NAME), calibrated=False)
+    data = _read_checked(path_or_uri, WEIGHTS_NAME, bundle.weights_sha256)
+    try:
+        weights = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise BundleError(
+            f"not safetensors ({error})", where=path_or_uri, expected=WEIGHTS_NAME, todo=_FETCH_AGAIN
+        ) from error
+    return LoadedBundle(bundle, weights, None, "", digest)
+
+
+def _read_reference(files: Mapping[str, bytes]) -> Reference:
+    """The reference; raises KeyError or SafetensorError for files that are none."""
+    tensors, ids = safetensors.numpy.load(files[OOD_NAME]), json.loads(files[REFERENCE_NAME])
+    image_ids, lesion_ids, dx = (tuple(ids[name]) for name in _IDS)
+    return Reference(tensors["features"], tensors["mean"], tensors["whitener"], image_ids, lesion_ids, dx)
 
 
 def update_bundle(
     path: Path,
     *,
     calibration: Calibration | None = None,
-    ood_features: np.ndarray | None = None,
+    reference: Reference | None = None,
     metrics: Mapping[str, float] | None = None,
     card: str | None = None,
 ) -> None:
@@ -124,13 +168,13 @@ def update_bundle(
 
     Args:
         path: The bundle's folder.
-        calibration: New calibration; `ood_features` must come with it if it has out-of-distribution statistics.
-        ood_features: float16 [N, D] belonging to `calibration`.
+        calibration: New calibration; `reference` must come with it if it has an out-of-distribution distance.
+        reference: The reference that `calibration` was fitted with.
         metrics: New headline figures on the test split.
         card: New model card, Markdown.
 
     Raises:
-        BundleError: The bundle on disk is damaged, or calibration and features do not belong together.
+        BundleError: The bundle on disk is damaged, or calibration and reference do not belong together.
     """
     old = load_bundle(path)
     changes: dict[str, object] = {}
@@ -142,7 +186,7 @@ def update_bundle(
         path,
         old.bundle.model_copy(update=changes),
         old.weights,
-        old.ood_features if calibration is None else ood_features,
+        old.reference if calibration is None else reference,
         old.card if card is None else card,
     )
 
@@ -164,6 +208,7 @@ def read_files(uri: str | Path) -> tuple[Bundle, dict[str, bytes]]:
     expected = {WEIGHTS_NAME: bundle.weights_sha256, CARD_NAME: bundle.card_sha256}
     if bundle.calibration is not None and bundle.calibration.ood is not None:
         expected[OOD_NAME] = bundle.calibration.ood.features_sha256
+        expected[REFERENCE_NAME] = bundle.calibration.ood.reference_sha256
     files = {BUNDLE_NAME: content} | {name: _read_checked(uri, name, sha256) for name, sha256 in expected.items()}
     return bundle, files | {DIGEST_NAME: digest.encode()}
 
@@ -178,8 +223,13 @@ def read_description(uri: str | Path) -> tuple[bytes, str]:
     return _read_checked(uri, BUNDLE_NAME, digest), digest
 
 
-def parse_bundle(content: bytes, where: object) -> Bundle:
+def parse_bundle(content: bytes, where: object, calibrated: bool = True) -> Bundle:
     """Read the content of ``bundle.json``.
+
+    Args:
+        content: JSON.
+        where: For the error.
+        calibrated: Without it, calibration and metrics are left out, and older formats can be read.
 
     Raises:
         BundleError: It is no JSON, of another format, or its classes are not `CODES` in that order.
@@ -192,12 +242,16 @@ def parse_bundle(content: bytes, where: object) -> Bundle:
         ) from error
     known = Bundle.model_fields["format"].default
     version = found.get("format") if isinstance(found, dict) else None
-    if version != known:
+    if not calibrated and version in (known, *_OLDER):
+        found |= {"format": known, "calibration": None, "metrics": None}
+    elif version != known:
         raise BundleError(
             f"bundle format {version!r}",
             where=where,
             expected=repr(known),
-            todo="use the DermaFlow version that wrote it",
+            todo="fit its calibration again: dermaflow calibrate --model OLD --shards SHARDS --out NEW"
+            if version in _OLDER
+            else "use the DermaFlow version that wrote it",
         )
     try:
         bundle = Bundle.model_validate(found)

@@ -9,6 +9,7 @@ from dermaflow.errors import DataError
 from dermaflow.evaluation.figures import Evaluation
 from dermaflow.evaluation.intervals import lesion_weights
 from dermaflow.evaluation.population import Sample, describe, lesion_figures
+from dermaflow.evaluation.safety import safety_figures
 from dermaflow.evaluation.slices import slices
 from dermaflow.schemas.bundle import Calibration
 from dermaflow.schemas.lesion import METADATA_COLUMNS
@@ -23,7 +24,8 @@ def evaluate(
     """Measure a calibrated model on the test split.
 
     Args:
-        predictions: One row an image: `METADATA_COLUMNS` and ``p_akiec`` ... ``p_vasc`` (calibrated, sum 1).
+        predictions: One row an image: `METADATA_COLUMNS` and ``p_akiec`` ... ``p_vasc`` (calibrated, sum 1); where they
+            are known also ``quality_flags`` (lists), ``ood_score`` and ``skin_type``.
         calibration: Operating points, priors and conformal quantiles, fitted on the calibration split.
         seed: Of the lesion bootstrap.
         resamples: Number of bootstrap resamples; every figure is drawn from the same ones.
@@ -44,6 +46,7 @@ def evaluate(
         resamples=resamples,
         populations={name: describe(part, calibration) for name, part in parts.items()},
         lesion_level={name: lesion_figures(part, calibration) for name, part in parts.items()},
+        safety=safety_figures(predictions, sample, calibration),
         slices=slices(predictions, sample, calibration),
     )
 

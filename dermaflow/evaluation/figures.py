@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from dermaflow.schemas.bundle import SafetyPolicy
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
@@ -86,6 +88,7 @@ class ConformalFigures(_Strict):
     coverage: Estimate
     coverage_by_class: dict[str, Estimate]
     mean_set_size: Estimate
+    set_size_by_class: dict[str, Estimate]
     singletons: Estimate
     melanoma_sets_with_a_malignant_class: Estimate
 
@@ -114,13 +117,57 @@ class LesionFigures(_Strict):
     balanced_accuracy: dict[str, Estimate]
 
 
+class PolicyFigures(_Strict):
+    """What a safety policy dismisses and flags (`dermaflow.trust.policy`); counts are of images or of lesions."""
+
+    policy: SafetyPolicy
+    melanomas: int
+    melanomas_dismissed: int
+    melanomas_dismissed_share: Estimate
+    malignant: int
+    malignant_dismissed: int
+    malignant_dismissed_share: Estimate
+    benign: int
+    benign_flagged: int
+    benign_flagged_share: Estimate
+
+
+class GateFigures(_Strict):
+    """Share of the test images that are refused; all of them are real, so these are false alarms but for bad pictures.
+
+    Attributes:
+        not_assessable: By the quality gate or as out of distribution.
+        by_flag: By quality flag; an image can have several.
+        out_of_distribution: None where the model keeps no reference.
+    """
+
+    not_assessable: Estimate
+    quality: Estimate
+    by_flag: dict[str, Estimate]
+    out_of_distribution: Estimate | None
+    melanomas_not_assessable: Estimate
+
+
+class SafetyFigures(_Strict):
+    """Policies by name (`dermaflow.trust.policy.policies`), and the gate if it was run."""
+
+    images: dict[str, PolicyFigures]
+    lesions: dict[str, PolicyFigures]
+    gate: GateFigures | None
+
+
 class Slice(_Strict):
-    """A part of the test split that shares a site, sex, age band, localization or way of confirmation.
+    """A part of the test split that shares a site, sex, age band, localization, way of confirmation or skin type.
 
     Attributes:
         accuracy: At the accuracy point.
         balanced_accuracy: At the balanced point, over the classes present.
         melanoma_sensitivity: At the accuracy and the melanoma_safe point.
+        malignant_sensitivity: Share of the malignant images whose most probable class is malignant (``accuracy``), and
+            that the bundle's safety policy flags (``policy``).
+        melanoma_flagged: Share of the melanoma images that the safety policy flags.
+        benign_flagged: Share of the benign images that the safety policy flags.
+        coverage: Of the conformal sets.
         note: Why the figures are left out, where they are.
     """
 
@@ -131,6 +178,10 @@ class Slice(_Strict):
     accuracy: Estimate | None = None
     balanced_accuracy: Estimate | None = None
     melanoma_sensitivity: dict[str, Estimate] | None = None
+    malignant_sensitivity: dict[str, Estimate] | None = None
+    melanoma_flagged: Estimate | None = None
+    benign_flagged: Estimate | None = None
+    coverage: Estimate | None = None
     melanoma_auc: Estimate | None = None
     macro_auc: Estimate | None = None
     note: str | None = None
@@ -142,6 +193,7 @@ class Evaluation(_Strict):
     Attributes:
         populations: ``all`` images, and ``histology`` (``dx_type`` histo), which is left out where there is none.
         lesion_level: By population.
+        pathways: Lesions by true diagnosis and urgency, where the findings were taken to pathways.
         provenance: Model, data hash, command: written with the report.
     """
 
@@ -150,7 +202,9 @@ class Evaluation(_Strict):
     resamples: int
     populations: dict[str, Population]
     lesion_level: dict[str, LesionFigures]
+    safety: SafetyFigures
     slices: list[Slice]
+    pathways: dict[str, dict[str, int]] = {}
     provenance: dict[str, str] = {}
 
     def headline(self) -> dict[str, float]:

@@ -248,6 +248,7 @@ def conformal_figures(sample: Sample, calibration: Calibration) -> ConformalFigu
         coverage=sample.mean(covered),
         coverage_by_class={CODES[k]: sample.mean(covered, sample.truth == k) for k in sample.present},
         mean_set_size=sample.mean(size),
+        set_size_by_class={CODES[k]: sample.mean(size, sample.truth == k) for k in sample.present},
         singletons=sample.mean(size == 1),
         melanoma_sets_with_a_malignant_class=sample.mean(
             sets[:, _MALIGNANT].sum(axis=1) > 0, sample.truth == MELANOMA, "no image is melanoma"

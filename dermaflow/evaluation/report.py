@@ -18,6 +18,7 @@ from dermaflow.evaluation.figures import Evaluation, PointFigures
 from dermaflow.evaluation.mistakes import worst_mistakes
 from dermaflow.evaluation.slices import MIN_IMAGES
 from dermaflow.schemas.bundle import Bundle
+from dermaflow.schemas.pathway import URGENCY_TEXT
 from dermaflow.taxonomy import CODES, DIAGNOSES
 from dermaflow.trust.decision import decide
 
@@ -31,6 +32,7 @@ SLICE_TITLES = {
     "age": "Age in years",
     "localization": "Place on the body",
     "dx_type": "How the diagnosis was confirmed",
+    "skin_type": "Skin type",
 }
 
 
@@ -87,12 +89,15 @@ def write_report(
         precision_recall=plots.precision_recall(sample.truth, sample.probabilities),
         coverage=plots.coverage(everything.conformal),
         training=plots.training(bundle.training.history),
-        slice_titles=SLICE_TITLES,
+        slice_titles={k: title for k, title in SLICE_TITLES.items() if any(part.kind == k for part in measured.slices)},
+        policy_titles=wording.POLICY_TITLES,
+        policy_rules={name: wording.triggers(part.policy) for name, part in measured.safety.lesions.items()},
         min_images=MIN_IMAGES,
         dismissed=dismissed,
         others=others,
         data_sheet=data_sheet or [],
         card=sections,
+        urgency_text=URGENCY_TEXT,
         diagnoses={diagnosis.code: diagnosis.name for diagnosis in DIAGNOSES},
     )  # fmt: skip
     card = _environment().get_template("card.md.j2").render(bundle=bundle, card=sections)

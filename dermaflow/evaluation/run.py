@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,15 @@ from dermaflow.bundles.bundle import LoadedBundle, load_bundle, update_bundle
 from dermaflow.errors import BundleError
 from dermaflow.evaluation.evaluate import evaluate
 from dermaflow.evaluation.figures import Evaluation
+from dermaflow.evaluation.pathways import urgencies
 from dermaflow.evaluation.report import CARD_NAME, Table, write_report
+from dermaflow.evaluation.safety import FLAGS_COLUMN, OOD_COLUMN
 from dermaflow.learning.inference import network_of, predict
 from dermaflow.learning.optimisation import pick_device
 from dermaflow.preparation.reading import ShardFolder
+from dermaflow.schemas.finding import Finding, findings_table
 from dermaflow.schemas.shard import SPLITS
+from dermaflow.scoring.predictor import Answers, findings, image_flags
 from dermaflow.settings import settings
 from dermaflow.taxonomy import CODES
 from dermaflow.trust.ood import ood_score
@@ -29,6 +34,7 @@ from dermaflow.trust.temperature import calibrated_probabilities
 log = logging.getLogger(__name__)
 
 PREDICTIONS_NAME = "predictions.parquet"
+FINDINGS_NAME = "findings.parquet"
 
 
 def evaluate_bundle(
@@ -41,8 +47,10 @@ def evaluate_bundle(
     command: str | None = None,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> Evaluation:
-    """Measure a model on the ``test`` split and write ``report.html``, ``metrics.json``, ``card.md``, the predictions.
+    """Measure a model on the ``test`` split and write ``report.html``, ``metrics.json``, ``card.md``, the tables.
 
+    ``predictions.parquet`` holds metadata and probabilities of every image, ``findings.parquet`` what the model would
+    say of it (`FINDING_SCHEMA`): images that are refused count in every figure, but have no class among the findings.
     The first evaluation of a bundle in a local folder also writes its headline figures and card into the bundle.
 
     Args:
@@ -69,6 +77,8 @@ def evaluate_bundle(
         )  # fmt: skip
     predictions = predict_test(loaded, folder, progress)
     evaluation = evaluate(predictions, loaded.bundle.calibration, seed=seed, resamples=resamples)
+    found = findings_of_test(loaded, predictions)
+    evaluation = evaluation.model_copy(update={"pathways": urgencies(found, predictions, loaded.bundle.calibration)})
     with storage.open_atomic(out / PREDICTIONS_NAME) as stream:
         pq.write_table(pa.Table.from_pandas(predictions, preserve_index=False), stream)
     write_report(
@@ -78,11 +88,14 @@ def evaluate_bundle(
     if loaded.bundle.metrics is None and not storage.is_remote(model):
         card = (out / CARD_NAME).read_text(encoding="utf-8")
         update_bundle(Path(model), metrics=evaluation.headline(), card=card)
+        found = findings_of_test(load_bundle(model), predictions)  # they name the bundle as it is from now on
+    with storage.open_atomic(out / FINDINGS_NAME) as stream:
+        pq.write_table(findings_table(found), stream)
     return evaluation
 
 
 def predict_test(loaded: LoadedBundle, folder: ShardFolder, progress: Callable[[str, int, int], None]) -> pd.DataFrame:
-    """Metadata, calibrated ``p_<code>`` and ``ood_score`` of every test image."""
+    """Metadata, calibrated ``p_<code>``, ``ood_score`` and ``quality_flags`` of every test image."""
     bundle, calibration = loaded.bundle, loaded.bundle.calibration
     assert calibration is not None  # checked by the caller
     spec = bundle.input
@@ -98,9 +111,31 @@ def predict_test(loaded: LoadedBundle, folder: ShardFolder, progress: Callable[[
     probabilities = calibrated_probabilities(logits, calibration)
     for i, code in enumerate(CODES):
         table[f"p_{code}"] = probabilities[:, i].astype(np.float32)
-    if calibration.ood is not None and loaded.ood_features is not None:
-        table["ood_score"] = ood_score(features, loaded.ood_features, calibration.ood.k).astype(np.float32)
+    if calibration.ood is not None and loaded.reference is not None:
+        table[OOD_COLUMN] = ood_score(features, loaded.reference)
+    table[FLAGS_COLUMN] = _flags(folder, len(table), progress)
     return table
+
+
+def findings_of_test(loaded: LoadedBundle, predictions: pd.DataFrame) -> list[Finding]:
+    """What the model would say of the images of `predict_test`, as `dermaflow.scoring` says it."""
+    answers = Answers(
+        p=predictions[[f"p_{code}" for code in CODES]].to_numpy(dtype=np.float64),
+        ood=predictions[OOD_COLUMN].to_numpy() if OOD_COLUMN in predictions else np.full(len(predictions), np.nan),
+        flags=predictions[FLAGS_COLUMN].tolist(),
+        problems=[None] * len(predictions),
+    )
+    return findings(loaded, answers, predictions["image_id"].tolist(), predictions["lesion_id"].tolist())
+
+
+def _flags(folder: ShardFolder, images: int, progress: Callable[[str, int, int], None]) -> list[list[str]]:
+    """Quality flags of the test images, in their order."""
+    found: list[list[str]] = []
+    with ThreadPoolExecutor(settings().threads) as pool:
+        for group in folder.row_groups("test"):
+            found += [list(flags) for flags in pool.map(image_flags, group.read(["image"])["image"].to_pylist())]
+            progress("quality", len(found), images)
+    return found
 
 
 def _finder(folder: ShardFolder, predictions: pd.DataFrame) -> Callable[[str], bytes]:

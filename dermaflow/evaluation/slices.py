@@ -1,4 +1,7 @@
-"""The test split by site, sex, age, localization and way of confirmation: who is served worse?"""
+"""The test split by site, sex, age, localization, way of confirmation and skin type: who is served worse?
+
+HAM10000 has no field for skin type, so its slices have none; a table with a column ``skin_type`` gets them.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,17 @@ from dermaflow.evaluation.figures import Slice
 from dermaflow.evaluation.population import Sample, macro_auc, melanoma_auc, point_figures
 from dermaflow.schemas.bundle import Calibration
 from dermaflow.schemas.lesion import UNKNOWN
+from dermaflow.taxonomy import MALIGNANT, MELANOMA
+from dermaflow.trust.conformal import conformal_sets
+from dermaflow.trust.policy import flag
 
 MIN_IMAGES = 20
 """Smaller slices are listed with their counts only."""
+
+SKIN_TYPE_COLUMN = "skin_type"
+"""Fitzpatrick type or another scale, as text; optional."""
+
+_MALIGNANT = np.array(MALIGNANT)
 
 AGE_BANDS: tuple[tuple[str, float, float], ...] = (
     ("<30", -np.inf, 30),
@@ -50,6 +61,8 @@ def slices(predictions: pd.DataFrame, sample: Sample, calibration: Calibration) 
         "localization": predictions["localization"],
         "dx_type": predictions["dx_type"],
     }
+    if SKIN_TYPE_COLUMN in predictions:
+        kinds["skin_type"] = predictions[SKIN_TYPE_COLUMN]
     found = []
     for kind, column in kinds.items():
         names = column.fillna(UNKNOWN).astype(str).to_numpy()
@@ -68,8 +81,18 @@ def _slice(kind: str, name: str, sample: Sample, calibration: Calibration) -> Sl
         for point in ("accuracy", "melanoma_safe")
         if "mel" not in described.absent
     }
+    sets = conformal_sets(sample.probabilities, np.array(calibration.conformal_quantiles))
+    flagged, malignant = flag(sample.probabilities, sets, calibration.policy), _MALIGNANT[sample.truth]
+    called = _MALIGNANT[sample.probabilities.argmax(axis=1)]
     return described.model_copy(
         update={
+            "malignant_sensitivity": {
+                name: sample.mean(mask, malignant, "nothing malignant")
+                for name, mask in (("accuracy", called), ("policy", flagged))
+            },
+            "melanoma_flagged": sample.mean(flagged, sample.truth == MELANOMA, "no melanoma"),
+            "benign_flagged": sample.mean(flagged, ~malignant, "nothing benign"),
+            "coverage": sample.mean(sets[np.arange(len(sets)), sample.truth]),
             "accuracy": points["accuracy"].accuracy,
             "balanced_accuracy": points["balanced"].balanced_accuracy,
             "melanoma_sensitivity": sensitivity or None,

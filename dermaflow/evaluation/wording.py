@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from dermaflow.evaluation.figures import Estimate, Population
-from dermaflow.schemas.bundle import OperatingPoint
+from dermaflow.schemas.bundle import OperatingPoint, SafetyPolicy
 from dermaflow.taxonomy import MELANOMA
 
 MANY_LESIONS = 30
 """Below this many lesions of a class a single one moves its sensitivity by more than three points."""
 
 POINT_TITLES = {"accuracy": "Accuracy", "balanced": "Balanced", "melanoma_safe": "Melanoma-safe"}
+
+POLICY_TITLES = {
+    "argmax": "Most probable diagnosis",
+    "p_mel": "Melanoma threshold",
+    "p_malignant": "Malignant threshold",
+    "conformal_set": "Conformal set",
+    "all_triggers": "All triggers",
+    "policy": "The bundle's policy",
+}
+
+
+def triggers(policy: SafetyPolicy) -> str:
+    """What a safety policy adds to the most probable diagnosis, in a few words."""
+    found = [] if policy.mel_threshold is None else [f"p(mel) ≥ {policy.mel_threshold:.3f}"]
+    found += [] if policy.malignant_threshold is None else [f"p(malignant) ≥ {policy.malignant_threshold:.3f}"]
+    found += ["a malignant class in the set"] * policy.use_set
+    return "or " + " or ".join(found) if found else "nothing added"
 
 
 def rule(point: OperatingPoint) -> str:

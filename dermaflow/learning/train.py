@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import shutil
 from collections.abc import Callable
@@ -12,19 +11,14 @@ from pathlib import Path
 
 import torch
 
-from dermaflow.bundles.bundle import LoadedBundle, load_bundle, save_bundle
+from dermaflow.bundles.bundle import LoadedBundle, load_bundle
 from dermaflow.errors import DataError
-from dermaflow.learning.backbones import Network, build
-from dermaflow.learning.inference import predict
+from dermaflow.learning.backbones import build
+from dermaflow.learning.calibration import calibrate_and_save
 from dermaflow.learning.local import class_counts, fit_here
-from dermaflow.learning.optimisation import pick_device
 from dermaflow.learning.recipe import Recipe
 from dermaflow.preparation.reading import ShardFolder, labels_of
 from dermaflow.schemas.bundle import Bundle, TrainingRecord
-from dermaflow.settings import settings
-from dermaflow.trust.calibrate import calibrate
-
-log = logging.getLogger(__name__)
 
 StepProgress = Callable[[int, int, int, float], None]
 """Called with epoch, step, steps of the epoch and the mean loss so far."""
@@ -87,30 +81,6 @@ def train(
     calibrate_and_save(network, bundle, folder, out)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return load_bundle(out)
-
-
-def calibrate_and_save(network: Network, bundle: Bundle, folder: ShardFolder, out: Path) -> None:
-    """Fit everything of `dermaflow.trust` on the calibration split and write the bundle."""
-    spec = bundle.input
-    device = pick_device()
-    log.info("calibrating on %d images", sum(folder.manifest.counts["calibration"].values()))
-    meta = folder.metadata("calibration")
-    pixels = folder.pixels("calibration", spec.height, spec.width, threads=settings().threads)
-    network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    logits, features = predict(network, pixels, spec)
-    calibration, stored = calibrate(
-        logits, features, labels_of(meta["dx"]), meta["lesion_id"].to_numpy(), seed=bundle.training.seed
-    )
-    bundle = bundle.model_copy(update={"calibration": calibration})
-    save_bundle(out, bundle, network.state_dict(), stored, _card(bundle))
-
-
-def _card(bundle: Bundle) -> str:
-    """The card of a model that was not evaluated yet; `dermaflow evaluate` writes the full one."""
-    return (
-        f"# {bundle.name}\n\nTrained by recipe `{bundle.training.recipe_name}`, seed {bundle.training.seed}, "
-        f"{bundle.training.epochs} epochs. Not evaluated yet: run `dermaflow evaluate`.\n"
-    )
 
 
 def _versions() -> dict[str, str]:

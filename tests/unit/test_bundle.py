@@ -8,19 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_bundle import FEATURES, a_bundle, a_calibration, some_weights
+from tiny_bundle import REFERENCE, a_bundle, a_calibration, a_reference, some_weights
 
 from dermaflow import storage
 from dermaflow.bundles import bundle as bundle_module
-from dermaflow.bundles.bundle import load_bundle, save_bundle, update_bundle
+from dermaflow.bundles.bundle import load_bundle, load_uncalibrated, save_bundle, update_bundle
 from dermaflow.errors import BundleError
 from dermaflow.taxonomy import CODES
+
+FILES = ["weights.safetensors", "ood.safetensors", "reference.json", "bundle.json", "bundle.sha256", "card.md"]
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     bundle = a_bundle(a_calibration(), metrics={"accuracy": 0.8, "ece": float("nan")})
-    save_bundle(tmp_path / "model", bundle, some_weights(), FEATURES, "# Card\n")
+    save_bundle(tmp_path / "model", bundle, some_weights(), REFERENCE, "# Card\n")
     return tmp_path / "model"
 
 
@@ -42,8 +44,11 @@ def test_everything_comes_back(saved: Path) -> None:
     for name, tensor in some_weights().items():
         assert loaded.weights[name].dtype == tensor.dtype
         assert torch.equal(loaded.weights[name], tensor)
-    assert loaded.ood_features is not None and loaded.ood_features.dtype == np.float16
-    np.testing.assert_array_equal(loaded.ood_features, FEATURES)
+    assert loaded.reference is not None and loaded.reference.features.dtype == np.float16
+    for name in ("features", "mean", "whitener"):
+        np.testing.assert_array_equal(getattr(loaded.reference, name), getattr(REFERENCE, name))
+    for name in ("image_ids", "lesion_ids", "dx"):
+        assert getattr(loaded.reference, name) == getattr(REFERENCE, name)
     assert loaded.card == "# Card\n"
     assert loaded.bundle.calibration is not None and loaded.bundle.calibration.temperature == 1.3
     assert loaded.bundle.metrics is not None and loaded.bundle.metrics["accuracy"] == 0.8
@@ -53,11 +58,11 @@ def test_everything_comes_back(saved: Path) -> None:
 
 def test_the_same_model_has_the_same_hash_and_another_has_not(saved: Path, tmp_path: Path) -> None:
     first = load_bundle(saved)
-    save_bundle(tmp_path / "again", first.bundle, some_weights(), FEATURES, "# Card\n")
+    save_bundle(tmp_path / "again", first.bundle, some_weights(), REFERENCE, "# Card\n")
     assert load_bundle(tmp_path / "again").sha256 == first.sha256
     other = some_weights()
     other["a"][0, 0] += 1e-3
-    save_bundle(tmp_path / "other", first.bundle, other, FEATURES, "# Card\n")
+    save_bundle(tmp_path / "other", first.bundle, other, REFERENCE, "# Card\n")
     assert load_bundle(tmp_path / "other").sha256 != first.sha256
 
 
@@ -68,7 +73,7 @@ def test_description_is_strict_json(saved: Path) -> None:
     json.loads((saved / "bundle.json").read_text(), parse_constant=refuse)
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "ood.safetensors", "bundle.json", "bundle.sha256", "card.md"])
+@pytest.mark.parametrize("name", FILES)
 def test_one_changed_byte_is_refused(saved: Path, name: str) -> None:
     flip_a_byte(saved / name)
     with pytest.raises(
@@ -78,7 +83,7 @@ def test_one_changed_byte_is_refused(saved: Path, name: str) -> None:
     assert str(raised.value.where).endswith("bundle.json" if name == "bundle.sha256" else name)
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "ood.safetensors", "bundle.json", "bundle.sha256", "card.md"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(BundleError, match=f"{name}: no such file; expected a bundle with"):
@@ -100,7 +105,7 @@ def test_text_that_is_not_json_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "dermaflow-bundle/9"}, "bundle format 'dermaflow-bundle/9'; expected 'dermaflow-bundle/1'"),
+        ({"format": "dermaflow-bundle/9"}, "bundle format 'dermaflow-bundle/9'; expected 'dermaflow-bundle/2'"),
         (
             {"classes": list(reversed(CODES))},
             "classes are vasc nv .*expected akiec bcc bkl df mel nv vasc, in this order",
@@ -136,8 +141,24 @@ def test_a_huge_file_is_not_read(saved: Path) -> None:
         load_bundle(saved)
 
 
+def test_an_older_bundle_says_how_to_go_on_and_its_network_can_be_read(saved: Path) -> None:
+    old = {"temperature": 1.3, "conformal_alpha": 0.1}  # what an older calibration held is not asked
+    rewrite_description(saved, format="dermaflow-bundle/1", calibration=old)
+    with pytest.raises(BundleError, match=r"bundle format 'dermaflow-bundle/1'.*dermaflow calibrate --model OLD"):
+        load_bundle(saved)
+    found = load_uncalibrated(saved)
+    assert torch.equal(found.weights["a"], some_weights()["a"])
+    assert found.bundle.calibration is None and found.bundle.metrics is None and found.reference is None
+    flip_a_byte(saved / "weights.safetensors")
+    with pytest.raises(BundleError, match="changed since it was written"):
+        load_uncalibrated(saved)
+    rewrite_description(saved, format="dermaflow-bundle/9")
+    with pytest.raises(BundleError, match="Use the DermaFlow version that wrote it"):
+        load_uncalibrated(saved)
+
+
 def test_features_and_their_statistics_come_together(tmp_path: Path) -> None:
-    for calibration, features in [(None, FEATURES), (a_calibration(ood=False), FEATURES), (a_calibration(), None)]:
+    for calibration, features in [(None, REFERENCE), (a_calibration(ood=False), REFERENCE), (a_calibration(), None)]:
         with pytest.raises(BundleError, match="must come together"):
             save_bundle(tmp_path / "model", a_bundle(calibration), some_weights(), features, "")
     assert not (tmp_path / "model").exists()
@@ -170,12 +191,12 @@ def test_update_changes_only_what_is_given(saved: Path) -> None:
     assert after.bundle.weights_sha256 == before.weights_sha256
     assert after.bundle.calibration == before.calibration
 
-    update_bundle(saved, calibration=a_calibration(2.0), ood_features=FEATURES[:5])
+    update_bundle(saved, calibration=a_calibration(2.0), reference=a_reference(6))
     last = load_bundle(saved)
     assert last.bundle.calibration is not None and last.bundle.calibration.temperature == 2.0
-    assert last.ood_features is not None and len(last.ood_features) == 5
+    assert last.reference is not None and len(last.reference.features) == len(last.reference.dx) == 6
     assert last.card == "# New\n" and last.bundle.metrics["accuracy"] == 0.84
 
     update_bundle(saved, calibration=a_calibration(2.0, ood=False))
-    assert load_bundle(saved).ood_features is None
-    assert not (saved / "ood.safetensors").exists()
+    assert load_bundle(saved).reference is None
+    assert not (saved / "ood.safetensors").exists() and not (saved / "reference.json").exists()

@@ -26,6 +26,7 @@ from dermaflow.learning.recipe import Recipe
 from dermaflow.learning.train import train
 from dermaflow.preparation.reading import ShardFolder, labels_of
 from dermaflow.settings import settings
+from dermaflow.trust.ood import ood_score
 from dermaflow.trust.temperature import scale
 
 TESTS = Path(__file__).parents[1]
@@ -84,11 +85,19 @@ def test_a_calibrated_bundle_comes_out(shards: Path, undisturbed: Path) -> None:
     meta = folder.metadata("calibration")
     logits, features = predict(network, folder.pixels("calibration", 24, 32), bundle.input)
     calibration = bundle.calibration
-    assert calibration is not None and calibration.ood is not None and loaded.ood_features is not None
+    assert calibration is not None and calibration.ood is not None and loaded.reference is not None
     assert (calibration.images, calibration.lesions) == (len(meta), meta["lesion_id"].nunique())
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    stored = loaded.ood_features.astype(float)
-    np.testing.assert_allclose(np.sort(stored, axis=0), np.sort(unit, axis=0), atol=2e-3)
+    assert calibration.data_hash == folder.manifest.data_hash
+    scores = ood_score(features, loaded.reference)
+    assert np.quantile(scores, calibration.ood.quantile) == pytest.approx(calibration.ood.threshold, rel=0.01)
+
+    # What new images are compared with is the training split, image by image.
+    trained = folder.metadata("train")
+    assert loaded.reference.image_ids == tuple(trained["image_id"]) and loaded.reference.dx == tuple(trained["dx"])
+    assert loaded.reference.lesion_ids == tuple(trained["lesion_id"])
+    _, known = predict(network, folder.pixels("train", 24, 32), bundle.input.model_copy(update={"views": 1}))
+    unit = known / np.linalg.norm(known, axis=1, keepdims=True)
+    np.testing.assert_allclose(loaded.reference.features.astype(float), unit, atol=2e-3)
     labels = labels_of(meta["dx"])
     p = scale(logits, calibration.temperature, np.array(calibration.bias))
     q = scale(logits, 1.0, np.zeros(7))
