@@ -39,6 +39,7 @@ slow: $(READY) ## The long tests
 bench: $(READY) ## Measure again what docs/results.md says of speed
 	$(BIN)/python bench/preparation.py
 	$(BIN)/python bench/training.py
+	$(BIN)/python bench/pathways.py
 
 serve: ## Not built yet
 	@echo "serving is not built yet: a trained bundle can be evaluated, registered and promoted, not served"; exit 1
