@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+
+import pandas as pd
+
+from dermaflow.datasets.synthetic.patients import draw_patients
 
 SCRIPT = """
 import sys
@@ -31,4 +37,15 @@ def test_the_way_from_images_to_a_report_needs_no_cluster(tmp_path: Path) -> Non
     assert "100 images read" in run("prepare", "--data", data, "--out", shards)
     run("train", "--shards", shards, "--recipe", tmp_path / "tiny.yaml", "--out", model)
     run("evaluate", "--model", model, "--shards", shards, "--out", tmp_path / "report", "--resamples", 20)
-    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    report = tmp_path / "report"
+    assert (report / "report.html").stat().st_size > 10_000
+    draw_patients(pd.read_parquet(report / "predictions.parquet"), 0).to_csv(tmp_path / "patients.csv", index=False)
+    pathways = tmp_path / "pathways"
+    patients = ("--patients", tmp_path / "patients.csv", "--model", model)
+    said = run("recommend", "--findings", report / "findings.parquet", *patients, "--out", pathways)
+    urgency = pd.read_parquet(pathways / "pathways.parquet")["urgency"]
+    assert f"{len(urgency)} lesions   U1 {(urgency == 'U1').sum()}" in said
+    by_report = Counter[str]()
+    for counts in json.loads((report / "metrics.json").read_text())["pathways"].values():
+        by_report.update(counts)
+    assert by_report.total() == len(urgency) == len(list((pathways / "patients").glob("*.html")))
