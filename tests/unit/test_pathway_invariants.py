@@ -176,17 +176,17 @@ def _adds(now: Any, risk: Any) -> bool:
 @example(quiet("vasc", site="face", age=70.0, clinically_certain="no"), 0.9)
 @example(quiet("akiec", bleeding="yes"), 0.9)
 def test_urgency_never_falls_when_a_malignant_probability_rises(case: Case, share: float) -> None:
-    """Probability moves from a harmless class to a malignant one. The set may gain the malignant class and keeps the
-    others: a set that loses a harmless class says that the model has become surer of another one, a change of its own.
+    """Probability moves from the harmless classes, from each the same share, to a malignant one. The set may gain that
+    class and keeps the others: a set that loses a harmless class says that the model has become surer of another one, a
+    change of its own.
     """
     variants = {}
-    for harmless in (k for k, bad in enumerate(MALIGNANT) if not bad):
-        for malignant in (k for k, bad in enumerate(MALIGNANT) if bad):
-            p = np.array(case.finding.p)
-            p[malignant] += share * p[harmless]
-            p[harmless] *= 1 - share
-            moved = replace(case, finding=picture(p, case.finding.conformal_set))
-            variants[f"{CODES[harmless]} to {CODES[malignant]}"] = moved
+    harmless = ~np.array(MALIGNANT)
+    for malignant in np.flatnonzero(MALIGNANT).tolist():
+        p = np.array(case.finding.p)
+        p[malignant] += share * p[harmless].sum()
+        p[harmless] *= 1 - share
+        variants[CODES[malignant]] = replace(case, finding=picture(p, case.finding.conformal_set))
     never_less_urgent(case, variants)
 
 
