@@ -1,4 +1,4 @@
-"""dermaflow pathways lint | show."""
+"""dermaflow pathways lint | show | fields."""
 
 from __future__ import annotations
 
@@ -69,6 +69,24 @@ def show(rule: Annotated[str, typer.Argument(help="Id, for instance C02.")], kno
         ["file", base.files[found.id]],
     ]  # fmt: skip
     print_table(found.id, ["", ""], [[name, escape(text)] for name, text in rows])
+
+
+@app.command()
+@command
+def fields() -> None:
+    """What a table of patients may hold: columns, values, and the question each answers. All but the ids may be empty.
+
+    Example: dermaflow pathways fields
+    """
+    from dermaflow.pathways.facts import FACTS
+
+    values = {"bool": "yes, no", "number": "a number"}
+    rows = [["patient_id", "an id", "Who is it?"], ["lesion_id", "an id, as in the findings", "Which lesion is it?"]]
+    for fact in FACTS.values():
+        if fact.question:
+            words = values.get(fact.kind) or ", ".join(fact.words) + ("; several with |" if fact.kind == "set" else "")
+            rows.append([fact.name.partition(".")[2], words, fact.question])
+    print_table("columns of --patients; unknown, or an empty cell, is always allowed", ["column", "values", ""], rows)
 
 
 def _text(value: object) -> str:

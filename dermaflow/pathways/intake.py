@@ -256,7 +256,7 @@ def _fields(header: Sequence[str], path: object) -> list[str]:
         for name, field in zip(header, fields, strict=True)
         if field not in COLUMNS
     ]
-    refuse(unknown, "are no fields", where=path, todo="rename or remove the column; the fields are in docs/pathways.md")
+    refuse(unknown, "are no fields", where=path, todo="rename or remove the column; see dermaflow pathways fields")
     twice = [f"two columns for {field}" for field, count in Counter(fields).items() if count > 1]
     refuse(twice, "are double", where=path, todo="keep one of them")
     missing = [f"no column {field}" for field in IDS if field not in fields]

@@ -10,10 +10,12 @@ import yaml
 from small_knowledge import RULES, UTILITIES, rule, write
 from typer.testing import CliRunner
 
+from dermaflow.cli.console import console
 from dermaflow.cli.pathways import app
 from dermaflow.errors import KnowledgeError
 from dermaflow.pathways.knowledge import load_knowledge
 from dermaflow.pathways.lint import lint
+from dermaflow.schemas.patient import Lesion, Patient
 
 
 def test_a_knowledge_base_is_read_in_the_order_of_the_decision(tmp_path: Path) -> None:
@@ -192,3 +194,12 @@ def test_the_commands_say_what_they_found(tmp_path: Path) -> None:
     assert "not reviewed" in shown.output
     unknown = runner.invoke(app, ["show", "C11", "--knowledge", str(tmp_path / "good")])
     assert unknown.exit_code == 1
+
+
+def test_fields_names_every_column_that_the_intake_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", 300)  # no cell is folded
+    said = CliRunner().invoke(app, ["fields"])
+    shown = {line.split("│")[1].strip() for line in said.output.splitlines() if line.startswith("│")} - {
+        ""
+    }  # long cells go on
+    assert shown == {*Patient.model_fields, *Lesion.model_fields}
