@@ -197,7 +197,7 @@ def test_the_commands_say_what_they_found(tmp_path: Path) -> None:
 
 
 def test_fields_names_every_column_that_the_intake_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "width", 300)  # no cell is folded
+    monkeypatch.setattr(console, "width", 300)
     said = CliRunner().invoke(app, ["fields"])
     shown = {line.split("│")[1].strip() for line in said.output.splitlines() if line.startswith("│")} - {
         ""
