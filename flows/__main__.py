@@ -17,9 +17,10 @@ from dermaflow.errors import DermaflowError
 from flows.evaluate import evaluate
 from flows.pipeline import pipeline
 from flows.prepare import prepare
+from flows.score import score
 from flows.train import train
 
-FLOWS: tuple[Flow[Any, Any], ...] = (prepare, train, evaluate, pipeline)
+FLOWS: tuple[Flow[Any, Any], ...] = (prepare, train, evaluate, pipeline, score)
 
 app = typer.Typer(
     no_args_is_help=True,

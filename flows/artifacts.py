@@ -19,6 +19,8 @@ from dermaflow.evaluation.plots import training
 from dermaflow.evaluation.report import METRICS_NAME, REPORT_NAME
 from dermaflow.evaluation.wording import POINT_TITLES, number, percent
 from dermaflow.preparation.reading import ShardFolder
+from dermaflow.scoring.plan import PAGE
+from dermaflow.scoring.summary import read_summary
 from dermaflow.taxonomy import CODES
 from flows.promotion import Decision
 
@@ -71,6 +73,36 @@ def show_figures(report: str) -> None:
     )  # fmt: skip
     page = Path(report, REPORT_NAME).absolute()
     create_link_artifact(page.as_uri(), link_text=str(page), key="report", description="The whole report.")
+
+
+def show_scoring(folder: str) -> None:
+    """Class mix, failures by reason, and a link to the summary of a run of bulk scoring."""
+    found = read_summary(folder)
+    if found is None:
+        return
+    create_table_artifact(
+        [
+            {"diagnosis": c.name, "most probable in": c.predicted, "mean probability": _share(c.share),
+             "training": _share(c.training)}
+            for c in found.classes
+        ],
+        key="class-mix",
+        description=f"{found.images} images: {found.ok} assessed, {found.not_assessable} not assessable, "
+        f"{found.failed} failed; {found.flagged_lesions} of {found.lesions} lesions flagged. Mix: "
+        f"{found.drift.verdict}. Model {found.model} {found.model_sha256[:12]}.",
+    )  # fmt: skip
+    create_table_artifact(
+        [{"reason": reason, "images": count} for reason, count in found.reasons.items()], key="failures",
+        description=f"{found.failed} images that could not be read, by reason.",
+    )  # fmt: skip
+    page = storage.join(folder, PAGE)
+    link = page if storage.is_remote(page) else Path(page).absolute().as_uri()
+    create_link_artifact(link, link_text=page, key="scoring-summary", description="Flagged lesions, mix and failures.")
+
+
+def _share(share: float | None) -> str:
+    """A share in per cent with one decimal."""
+    return "–" if share is None else f"{share:.1%}"
 
 
 def _figures(point: PointFigures) -> dict[str, str]:

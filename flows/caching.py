@@ -24,10 +24,16 @@ from dermaflow.evaluation.report import CARD_NAME, METRICS_NAME, REPORT_NAME
 from dermaflow.evaluation.run import FINDINGS_NAME, PREDICTIONS_NAME
 from dermaflow.learning.recipe import Recipe
 from dermaflow.preparation.reading import ShardFolder
+from dermaflow.scoring.plan import FINDINGS, PAGE, SUMMARY
 
 _PREPARING = ("schemas", "datasets", "preparation")
 _TRAINING = (*_PREPARING, "learning", "trust", "bundles")
-_SOURCES = {"prepare": _PREPARING, "train": _TRAINING, "evaluate": (*_TRAINING, "evaluation")}
+_SOURCES = {
+    "prepare": _PREPARING,
+    "train": _TRAINING,
+    "evaluate": (*_TRAINING, "evaluation"),
+    "score": (*_TRAINING, "scoring", "pathways"),
+}
 """Packages whose code decides what a step gives: what other code gave is not reused."""
 
 log = logging.getLogger("dermaflow.flows")  # beneath the library's logger, so that its lines reach the run's logs
@@ -118,3 +124,8 @@ def report_identity(folder: str) -> str:
     """SHA-256 over the files of a report."""
     names = (METRICS_NAME, PREDICTIONS_NAME, FINDINGS_NAME, CARD_NAME, REPORT_NAME)
     return storage.sha256("".join(storage.sha256_file(storage.join(folder, name)) for name in names).encode())
+
+
+def scoring_identity(folder: str) -> str:
+    """SHA-256 over what a finished run of bulk scoring found and says."""
+    return storage.sha256("".join(storage.sha256_file(storage.join(folder, n)) for n in (FINDINGS, PAGE, SUMMARY)).encode())

@@ -11,6 +11,8 @@ from prefect.runtime import flow_run
 
 from dermaflow import storage
 from dermaflow.learning.recipe import Recipe
+from dermaflow.scoring.planning import resolve_model
+from dermaflow.scoring.sources import fingerprint, identify
 from flows import artifacts
 from flows.caching import (
     Output,
@@ -19,11 +21,12 @@ from flows.caching import (
     model_identity,
     report_identity,
     run_once,
+    scoring_identity,
     shards_identity,
     weights_identity,
 )
 from flows.promotion import Decision
-from flows.tasks import evaluate_model, prepare_shards, register_model, train_model
+from flows.tasks import evaluate_model, prepare_shards, register_model, score_source, train_model
 
 
 def prepared(data: Path, shards: str, *, seed: int, hours: float) -> Output:
@@ -59,6 +62,22 @@ def evaluated(model: str, shards: str, report: Path, *, seed: int, resamples: in
     )  # fmt: skip
     artifacts.show_figures(str(report))
     return output
+
+
+def scored(source: str, output: str, *, model: str, patients: str | None, hours: float) -> Output:
+    """Findings and summary of every image of a source, and the pathways of its patients, in `output`."""
+    source, output = _absolute(source), _absolute(output)
+    patients = None if patients is None else _absolute(patients)
+    chosen = resolve_model(model)  # the champion of this moment: a run does not change its model midway
+    content = fingerprint(identify(source), lambda uri: uri in (output, patients))
+    people = None if patients is None else storage.sha256_file(patients)
+    key = cache_key("score", source, content, chosen.sha256, people, output)
+    result = run_once(
+        score_source, scoring_identity, key, hours,
+        source=source, output=output, model=chosen.uri, patients=patients,
+    )  # fmt: skip
+    artifacts.show_scoring(output)
+    return result
 
 
 def registered(model: str, registry: str) -> Decision:

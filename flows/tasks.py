@@ -15,7 +15,8 @@ from dermaflow.evaluation.run import evaluate_bundle
 from dermaflow.learning.recipe import Recipe
 from dermaflow.learning.train import train
 from dermaflow.preparation.prepare import prepare
-from flows.caching import Output, model_identity, report_identity, shards_identity
+from dermaflow.scoring.bulk import score
+from flows.caching import Output, model_identity, report_identity, scoring_identity, shards_identity
 from flows.promotion import Decision, decide
 from flows.running import interruptible
 
@@ -61,6 +62,14 @@ def evaluate_model(model: str, shards: str, report: Path, seed: int, resamples: 
     """Measure a model on the test split and write the report."""
     evaluate_bundle(model, shards, report, seed=seed, resamples=resamples)
     return Output(path=str(report), identity=report_identity(str(report)))
+
+
+@task(name="score", **_CAREFUL)
+def score_source(source: str, output: str, model: str, patients: str | None) -> Output:
+    """Score every image of a source once; a further try goes on where this one stopped."""
+    with interruptible():
+        score(source, output, model=model, patients=patients)
+    return Output(path=output, identity=scoring_identity(output))
 
 
 @task(name="register", **_CAREFUL | {"persist_result": False})

@@ -13,6 +13,7 @@ from dermaflow.cli import data as data_commands
 from dermaflow.cli import models as model_commands
 from dermaflow.cli import pathways as pathway_commands
 from dermaflow.cli import recommend as recommend_commands
+from dermaflow.cli import score as score_commands
 from dermaflow.cli import trust as trust_commands
 from dermaflow.cli.console import bars, command, console, print_table
 from dermaflow.errors import DataError, RecipeError
@@ -35,6 +36,7 @@ app.add_typer(model_commands.app, name="models")
 app.add_typer(pathway_commands.app, name="pathways")
 app.command()(trust_commands.calibrate)
 app.command()(trust_commands.explain)
+app.command()(score_commands.score)
 app.command()(recommend_commands.recommend)
 app.command()(recommend_commands.sign)
 
