@@ -15,7 +15,9 @@ export class Problem extends Error {
     this.status = status;
     this.code = told.code ?? null;
     this.expected = told.expected ?? null;
-    this.todo = told.todo ?? (status ? null : "See whether the server runs and whether this machine is connected, then try again.");
+    this.todo = told.todo ?? (
+      status ? null : "See whether the server runs and whether this machine is connected, then try again."
+    );
     this.requestId = told.request_id ?? requestId ?? null;
   }
 }

@@ -40,7 +40,12 @@ async function show() {
     if (signal.aborted) return;
     fill(place, h("h1", { tabindex: "-1" }, error.status === 401 ? "A key is needed" : "Nothing to show"),
       problem(error, "The server refused"),
-      h("p", null, h("button", { type: "button", onclick: show }, "Try again"), " ", h("a", { href: "#/" }, "All batches")));
+      h(
+        "p", null,
+        h("button", { type: "button", onclick: show }, "Try again"),
+        " ",
+        h("a", { href: "#/" }, "All batches"),
+      ));
     settle(place, signal);
   }
 }
@@ -67,7 +72,13 @@ async function learnModel() {
   try {
     const { name, version, sha256 } = await loadModel();
     const line = document.getElementById("model");
-    fill(line, "model ", h("b", null, name), ` ${version ?? ""} `, h("span", { class: "sha", title: sha256 }, (sha256 ?? "").slice(0, 12)));
+    fill(
+      line,
+      "model ",
+      h("b", null, name),
+      ` ${version ?? ""} `,
+      h("span", { class: "sha", title: sha256 }, (sha256 ?? "").slice(0, 12)),
+    );
   } catch (error) {
     if ([401, 403].includes(error.status)) throw error; // everything else will be refused too
   }
@@ -81,7 +92,10 @@ let asking = null;
 function askForKey() {
   keyButton.hidden = false;
   if (asking?.open) return;
-  const field = h("input", { id: "key-field", type: "password", autocomplete: "off", spellcheck: "false", value: key.get() ?? "" });
+  const field = h(
+    "input",
+    { id: "key-field", type: "password", autocomplete: "off", spellcheck: "false", value: key.get() ?? "" },
+  );
   const form = h(
     "form",
     {

@@ -7,7 +7,9 @@ import { loadList } from "./store.js";
 import { worklist } from "./worklist.js";
 import { count, duration, label, percent, rate, when } from "./words.js";
 
-const FORMATS = [["parquet", "Parquet"], ["csv", "CSV"], ["jsonl", "JSON Lines"], ["fhir", "FHIR"]];
+const FORMATS = [
+  ["parquet", "parquet", "Parquet"], ["csv", "csv", "CSV"], ["jsonl", "jsonl", "JSON Lines"], ["fhir", "ndjson", "FHIR"],
+];
 const REFRESH = 8000; // ms between two looks at the work list of a batch that still runs
 
 export async function showBatch(place, { signal, shown }, id) {
@@ -54,11 +56,19 @@ export async function showBatch(place, { signal, shown }, id) {
     looking = true;
     try {
       const found = await loadList(id, { fresh, signal });
+      const held = list.contains(document.activeElement) ? document.activeElement : null;
       fill(list, worklist(id, found, { running: !ended(batch) }));
+      // the new rows take over the focus of the old ones
+      if (held?.id) document.getElementById(held.id)?.focus();
+      else if (held) [...list.querySelectorAll("a")].find((one) => one.hash === held.hash)?.focus();
     } catch (error) {
       // a batch that has only begun has no list yet
       if (!signal.aborted && (ended(batch) || error.status >= 500)) fill(list, problem(error, "No work list"));
-      else if (!signal.aborted && !list.hasChildNodes()) fill(list, h("h2", { id: "worklist-title" }, "Work list"), h("p", { class: "empty" }, "The work list appears when the first images are scored."));
+      else if (!signal.aborted && !list.hasChildNodes()) fill(
+        list,
+        h("h2", { id: "worklist-title" }, "Work list"),
+        h("p", { class: "empty" }, "The work list appears when the first images are scored."),
+      );
     } finally {
       looking = false;
     }
@@ -77,7 +87,9 @@ export async function showBatch(place, { signal, shown }, id) {
     if (Date.now() - last > REFRESH && !list.contains(document.activeElement)) { last = Date.now(); look(true); }
   }, signal);
   if (signal.aborted) return;
-  announce(`The batch ${batch.state === "finished" ? "is finished" : `has ${batch.state}`}: ${count(batch.ok)} assessed, ${count(batch.not_assessable)} not assessable, ${count(batch.failed)} not readable.`);
+  const how = batch.state === "finished" ? "is finished" : `has ${batch.state}`;
+  const answers = `${count(batch.ok)} assessed, ${count(batch.not_assessable)} not assessable`;
+  announce(`The batch ${how}: ${answers}, ${count(batch.failed)} not readable.`);
   if (batch.failed || batch.not_assessable) drawFailures(failures, id, batch, signal);
   await look(true);
 }
@@ -94,10 +106,16 @@ function drawProgress(panel, batch, rates, cancel) {
   ];
   const running = !ended(batch);
   const progress = running && h("div", { class: "bar-row" },
-    h("progress", { max: batch.total || 1, "aria-label": "Images scored", ...(batch.total ? { value: batch.done } : {}) }),
+    h(
+      "progress",
+      { max: batch.total || 1, "aria-label": "Images scored", ...(batch.total ? { value: batch.done } : {}) },
+    ),
     h("b", null, batch.total ? percent(batch.done / batch.total) : "…"), sparkline(rates), cancel);
   const keep = document.activeElement === cancel;
-  fill(panel, progress, h("dl", { class: "figures" }, figures.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value)))),
+  fill(panel, progress, h(
+    "dl", { class: "figures" },
+    figures.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))),
+  ),
     batch.error && problem({ message: batch.error }, "The batch failed"));
   if (keep && running) cancel.focus();
 }
@@ -112,8 +130,13 @@ function sparkline(rates) {
     return node;
   };
   const top = Math.max(...points);
-  const place = points.map((value, i) => `${((100 * i) / (points.length - 1)).toFixed(1)},${(23 - (22 * value) / top).toFixed(1)}`);
-  const picture = svg("svg", { viewBox: "0 0 100 24", class: "spark", role: "img", "aria-label": `Throughput, up to ${rate(top)}` });
+  const place = points.map(
+    (value, i) => `${((100 * i) / (points.length - 1)).toFixed(1)},${(23 - (22 * value) / top).toFixed(1)}`
+  );
+  const picture = svg(
+    "svg",
+    { viewBox: "0 0 100 24", class: "spark", role: "img", "aria-label": `Throughput, up to ${rate(top)}` },
+  );
   picture.append(svg("polyline", { points: place.join(" ") }));
   return picture;
 }
@@ -122,25 +145,35 @@ function drawExports(node, batch, said) {
   const some = batch.state === "finished";
   if (node.dataset.for === String(some)) return;
   node.dataset.for = String(some);
-  fill(node, some && [h("span", { class: "src", id: "export-label" }, "Export"), h("ul", { class: "plain inline", "aria-labelledby": "export-label" },
-    FORMATS.filter(([format]) => format !== "fhir" || batch.has_pathways).map(([format, name]) => {
+  if (!some) return void fill(node);
+  const formats = FORMATS.filter(([format]) => format !== "fhir" || batch.has_pathways);
+  fill(
+    node,
+    h("span", { class: "src", id: "export-label" }, "Export"),
+    h("ul", { class: "plain inline", "aria-labelledby": "export-label" }, formats.map(([format, ending, text]) => {
       const path = batchPath(batch.id, `/results?format=${format}`);
-      return h("li", null, h("a", { class: "button", href: path, download: `${batch.id}.${format === "fhir" ? "ndjson" : format}`, onclick: async (event) => {
+      const name = `${batch.id}.${ending}`;
+      const onclick = async (event) => {
         if (!key.get()) return; // the browser streams it to disk by itself
         event.preventDefault();
         try {
-          await save(path, `${batch.id}.${format}`);
+          await save(path, name);
         } catch (error) {
           fill(said, problem(error, "Not exported"));
         }
-      } }, name));
-    }))]);
+      };
+      return h("li", null, h("a", { class: "button", href: path, download: name, onclick }, text));
+    })),
+  );
 }
 
 async function drawFailures(node, id, batch, signal) {
   const content = h("div", { class: "scroll" });
   const box = h("details", { class: "failures" },
-    h("summary", null, `Without an answer: ${count(batch.not_assessable)} not assessable, ${count(batch.failed)} not readable`), content);
+    h(
+      "summary", null,
+      `Without an answer: ${count(batch.not_assessable)} not assessable, ${count(batch.failed)} not readable`,
+    ), content);
   box.addEventListener("toggle", async () => {
     if (!box.open || content.hasChildNodes()) return;
     try {
@@ -148,8 +181,21 @@ async function drawFailures(node, id, batch, signal) {
       fill(content, h("table", { class: "list" },
         h("caption", { class: "unseen" }, "Images without an answer"),
         h("thead", null, h("tr", null, ["image", "what", "why"].map((name) => h("th", { scope: "col" }, name)))),
-        h("tbody", null, failures.slice(0, 500).map((one) => h("tr", null, h("th", { scope: "row" }, one.image_id), h("td", null, one.status === "failed" ? "not readable" : label(one.status)), h("td", null, one.reason ?? "–"))))),
-        failures.length > 500 && h("p", { class: "src" }, `The first 500 of ${count(failures.length)}; the export has all.`));
+        h(
+          "tbody", null,
+          failures.slice(0, 500).map(
+            (one) => h(
+              "tr", null,
+              h("th", { scope: "row" }, one.image_id),
+              h("td", null, one.status === "failed" ? "not readable" : label(one.status)),
+              h("td", null, one.reason ?? "–"),
+            )
+          ),
+        )),
+        failures.length > 500 && h(
+          "p", { class: "src" },
+          `The first 500 of ${count(failures.length)}; the export has all.`,
+        ));
     } catch (error) {
       if (!signal.aborted) fill(content, problem(error, "No list of failures"));
     }

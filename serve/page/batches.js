@@ -10,7 +10,12 @@ import { count, duration, plural, rate, STATE_TEXT, when } from "./words.js";
 export async function showBatches(place, { signal, shown }) {
   const tiles = h("dl", { class: "tiles" });
   const table = h("div", null);
-  const dashboard = h("section", { "aria-labelledby": "dash-title" }, h("h2", { id: "dash-title" }, "All batches"), tiles, table);
+  const dashboard = h(
+    "section", { "aria-labelledby": "dash-title" },
+    h("h2", { id: "dash-title" }, "All batches"),
+    tiles,
+    table,
+  );
   place.append(h("h1", { tabindex: "-1" }, "Batches"), h("div", { class: "dashboard" }, intake(), dashboard));
   const step = (by) => () => {
     const links = [...table.querySelectorAll("a.row-link")];
@@ -50,12 +55,21 @@ function draw(batches, tiles, table) {
     tile("not readable", count(sum("failed")), sum("failed") > 0),
   );
   const focused = table.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
-  fill(table, batches.length ? tableOf(batches) : h("p", { class: "empty" }, "No batch yet. Drop some pictures to start one."));
-  if (focused) [...table.querySelectorAll("a")].find((one) => one.getAttribute("href") === focused)?.focus({ preventScroll: true });
+  fill(
+    table,
+    batches.length ? tableOf(batches) : h("p", { class: "empty" }, "No batch yet. Drop some pictures to start one."),
+  );
+  if (focused) [...table.querySelectorAll("a")].find(
+    (one) => one.getAttribute("href") === focused
+  )?.focus({ preventScroll: true });
   return running.length > 0;
 }
 
-const tile = (name, value, warm) => h("div", { class: warm ? "tile warm" : "tile" }, h("dt", null, name), h("dd", null, value));
+const tile = (name, value, warm) => h(
+  "div", { class: warm ? "tile warm" : "tile" },
+  h("dt", null, name),
+  h("dd", null, value),
+);
 
 function tableOf(batches) {
   const head = ["batch", "state", "progress", "throughput", "not assessable", "not readable", "started"];
@@ -64,7 +78,10 @@ function tableOf(batches) {
     "table",
     { class: "list batches" },
     h("caption", { class: "unseen" }, "Batches, newest first"),
-    h("thead", null, h("tr", null, head.map((name) => h("th", { scope: "col", class: numbers.has(name) ? "num" : "" }, name)))),
+    h(
+      "thead", null,
+      h("tr", null, head.map((name) => h("th", { scope: "col", class: numbers.has(name) ? "num" : "" }, name))),
+    ),
     h("tbody", null, batches.map(row)),
   );
 }
@@ -77,7 +94,9 @@ function row(batch) {
     h("th", { scope: "row" }, h("a", { class: "row-link", href: link.batch(batch.id) }, batch.name || batch.id),
       batch.has_pathways && h("span", { class: "tag" }, "pathways")),
     h("td", null, stateChip(batch)),
-    h("td", { class: "progress-cell" }, bar(share), h("span", null, batch.total ? `${count(batch.done)} of ${plural(batch.total, "image")}` : "–",
+    h("td", {
+      class: "progress-cell"
+    }, bar(share), h("span", null, batch.total ? `${count(batch.done)} of ${plural(batch.total, "image")}` : "–",
       batch.eta_seconds > 0 && !ended(batch) ? `, ${duration(batch.eta_seconds)} left` : "")),
     h("td", { class: "num", "data-label": "throughput" }, rate(batch.images_per_second)),
     h("td", { class: "num", "data-label": "not assessable" }, count(batch.not_assessable)),
@@ -89,5 +108,9 @@ function row(batch) {
 /** The state of a batch, in words and with a mark. */
 export function stateChip(batch) {
   const marks = { queued: "○", running: "◐", finished: "●", failed: "✕", cancelled: "■" };
-  return h("span", { class: `state ${batch.state}` }, h("span", { "aria-hidden": "true" }, marks[batch.state] ?? "", " "), STATE_TEXT[batch.state] ?? batch.state);
+  return h(
+    "span", { class: `state ${batch.state}` },
+    h("span", { "aria-hidden": "true" }, marks[batch.state] ?? "", " "),
+    STATE_TEXT[batch.state] ?? batch.state,
+  );
 }

@@ -23,12 +23,26 @@ export function caseForm(fields, change) {
   const lists = ["patient", "lesion"].map((whose) => {
     const own = [...fields].filter(([name]) => name.startsWith(`${whose}.`));
     const known = h("small", null);
-    const box = h("details", { class: "all-fields" }, h("summary", null, whose === "patient" ? "Everything known of the patient" : "Everything known of the lesion", known));
+    const box = h(
+      "details", { class: "all-fields" },
+      h(
+        "summary", null,
+        whose === "patient" ? "Everything known of the patient" : "Everything known of the lesion",
+        known,
+      ),
+    );
     let filled = false;
     const open = () => {
       if (filled) return;
       filled = true;
-      box.append(h("div", { class: "questions" }, own.map(([name, field]) => h("div", { class: "question" }, make(name, field, label(name), field.description)))));
+      box.append(
+        h(
+          "div", { class: "questions" },
+          own.map(
+            ([name, field]) => h("div", { class: "question" }, make(name, field, label(name), field.description))
+          ),
+        )
+      );
       refresh();
     };
     box.addEventListener("toggle", open);
@@ -60,7 +74,11 @@ export function caseForm(fields, change) {
     for (const item of missing) {
       const field = fields.get(item.fact);
       if (!field || questions.has(item.fact)) continue;
-      const node = h("div", { class: "question" }, make(item.fact, field, item.question, null), h("span", { class: "src cite" }, `[${item.rules.join(", ")}]`));
+      const node = h(
+        "div", { class: "question" },
+        make(item.fact, field, item.question, null),
+        h("span", { class: "src cite" }, `[${item.rules.join(", ")}]`),
+      );
       questions.set(item.fact, node);
       (first.childElementCount < ASKED ? first : rest).append(node);
     }
@@ -94,7 +112,14 @@ export function caseForm(fields, change) {
     for (const one of controls.get(name) ?? []) one.refuse(error);
   }
 
-  const node = h("section", { class: "case", "aria-labelledby": "ask-title" }, title, none, first, more, lists.map((list) => list.box));
+  const node = h(
+    "section", { class: "case", "aria-labelledby": "ask-title" },
+    title,
+    none,
+    first,
+    more,
+    lists.map((list) => list.box),
+  );
   return { node, update, ask, refuse };
 }
 
@@ -107,8 +132,16 @@ function isKnown(value) {
 function control(field, text, hint, change) {
   const id = freshId("field");
   const wrong = h("div", { id: `${id}-wrong` });
-  const kind = field.type === "choice" && field.choices.every((word) => ["yes", "no", "unknown"].includes(word)) ? "yesno" : field.type;
-  const made = { yesno: yesNo, choice, choices, number }[kind](field, id, text, hint, (value) => { fill(wrong); change(value); });
+  const kind = field.type === "choice" && field.choices.every(
+    (word) => ["yes", "no", "unknown"].includes(word)
+  ) ? "yesno" : field.type;
+  const made = { yesno: yesNo, choice, choices, number }[kind](
+    field,
+    id,
+    text,
+    hint,
+    (value) => { fill(wrong); change(value); },
+  );
   made.node.append(wrong);
   return { ...made, refuse: (error) => fill(wrong, problem(error, "Not taken")) };
 }
@@ -117,23 +150,46 @@ const words = (word) => word.replaceAll("_", " ");
 const hintNode = (hint) => hint && h("span", { class: "src" }, " ", hint);
 
 function yesNo(field, id, text, hint, change) {
-  const boxes = ["yes", "no", "unknown"].map((word) => h("input", { type: "radio", name: id, id: `${id}-${word}`, value: word, onchange: () => change(word) }));
+  const boxes = ["yes", "no", "unknown"].map(
+    (word) => h("input", { type: "radio", name: id, id: `${id}-${word}`, value: word, onchange: () => change(word) })
+  );
   const node = h("fieldset", { class: "yesno" }, h("legend", null, text, hintNode(hint)),
-    h("span", { class: "segments" }, boxes.map((box) => [box, h("label", { for: box.id }, box.value === "unknown" ? "?" : box.value, box.value === "unknown" && h("span", { class: "unseen" }, " unknown"))])));
+    h(
+      "span", { class: "segments" },
+      boxes.map(
+        (box) => [
+          box,
+          h(
+            "label", { for: box.id },
+            box.value === "unknown" ? "?" : box.value,
+            box.value === "unknown" && h("span", { class: "unseen" }, " unknown"),
+          ),
+        ]
+      ),
+    ));
   return { node, set: (value) => { for (const box of boxes) box.checked = box.value === (value ?? "unknown"); } };
 }
 
 function choice(field, id, text, hint, change) {
-  const input = h("select", { id, onchange: () => change(input.value) }, field.choices.map((word) => h("option", { value: word }, words(word))));
-  return { node: h("div", { class: "field" }, h("label", { for: id }, text, hintNode(hint)), input), set: (value) => { input.value = value ?? "unknown"; } };
+  const input = h(
+    "select", { id, onchange: () => change(input.value) },
+    field.choices.map((word) => h("option", { value: word }, words(word))),
+  );
+  return {
+    node: h("div", { class: "field" }, h("label", { for: id }, text, hintNode(hint)), input),
+    set: (value) => { input.value = value ?? "unknown"; },
+  };
 }
 
 function number(field, id, text, hint, change) {
-  const unit = field.unit ? ` (${field.unit})` : "";
-  const input = h("input", { type: "number", id, step: "any", min: field.min, max: field.max, placeholder: "unknown", "aria-describedby": `${id}-wrong`, onchange: () => {
-    if (input.validity.badInput) return;
-    change(input.value === "" ? null : Number(input.value));
-  } });
+  const unit = field.unit && !text.includes(field.unit) ? ` (${field.unit})` : "";
+  const onchange = () => {
+    if (!input.validity.badInput) change(input.value === "" ? null : Number(input.value));
+  };
+  const input = h("input", {
+    type: "number", id, step: "any", min: field.min, max: field.max, placeholder: "unknown",
+    "aria-describedby": `${id}-wrong`, onchange,
+  });
   return {
     node: h("div", { class: "field" }, h("label", { for: id }, text, unit, hintNode(hint)), input),
     set: (value) => { if (document.activeElement !== input || input.value === "") input.value = value ?? ""; },
@@ -141,12 +197,24 @@ function number(field, id, text, hint, change) {
 }
 
 function choices(field, id, text, hint, change) {
-  const boxes = field.choices.map((word) => h("input", { type: "checkbox", id: `${id}-${word}`, value: word, onchange: (event) => {
-    const alone = (one) => ["none", "unknown"].includes(one.value); // they exclude every other answer
-    for (const box of boxes) if (event.target.checked && box !== event.target && (alone(event.target) || alone(box))) box.checked = false;
+  const alone = (box) => ["none", "unknown"].includes(box.value); // they exclude every other answer
+  const onchange = ({ target }) => {
+    for (const box of boxes) {
+      if (target.checked && box !== target && (alone(target) || alone(box))) box.checked = false;
+    }
     const ticked = boxes.filter((box) => box.checked).map((box) => box.value);
     change(ticked.length ? ticked : ["unknown"]);
-  } }));
-  const node = h("fieldset", { class: "several" }, h("legend", null, text, hintNode(hint)), boxes.map((box) => h("span", null, box, " ", h("label", { for: box.id }, words(box.value)))));
-  return { node, set: (value) => { for (const box of boxes) box.checked = (value ?? ["unknown"]).includes(box.value); } };
+  };
+  const boxes = field.choices.map(
+    (word) => h("input", { type: "checkbox", id: `${id}-${word}`, value: word, onchange }),
+  );
+  const node = h(
+    "fieldset", { class: "several" },
+    h("legend", null, text, hintNode(hint)),
+    boxes.map((box) => h("span", null, box, " ", h("label", { for: box.id }, words(box.value)))),
+  );
+  return {
+    node,
+    set: (value) => { for (const box of boxes) box.checked = (value ?? ["unknown"]).includes(box.value); },
+  };
 }

@@ -9,21 +9,27 @@ import { OPTION_STATUS, plural, URGENCY_TEXT } from "./words.js";
 export function compare(before, after) {
   const marks = new Set();
   const lines = [];
-  if (!before) return { marks, lines: after ? [`There is a pathway now: ${after.urgency}, ${URGENCY_TEXT[after.urgency]}.`] : [] };
+  if (!before) return {
+    marks,
+    lines: after ? [`There is a pathway now: ${after.urgency}, ${URGENCY_TEXT[after.urgency]}.`] : [],
+  };
   if (!after) return { marks, lines };
   if (before.urgency !== after.urgency) {
     marks.add("urgency");
     const way = after.urgency < before.urgency ? "more urgent" : "less urgent";
     lines.push(`Urgency ${before.urgency} → ${after.urgency} (${way}): ${URGENCY_TEXT[after.urgency]}.`);
   }
-  if (before.assessable !== after.assessable) lines.push(after.assessable ? "Now assessable." : "No longer assessable.");
+  if (before.assessable !== after.assessable) {
+    lines.push(after.assessable ? "Now assessable." : "No longer assessable.");
+  }
   const old = new Map(before.options.map((option) => [option.option, option]));
   for (const option of after.options) {
     const was = old.get(option.option);
     old.delete(option.option);
     if (was?.status === option.status) continue;
     marks.add(`option:${option.option}`);
-    lines.push(was ? `${option.title}: ${OPTION_STATUS[was.status]} → ${OPTION_STATUS[option.status]}.` : `New: ${option.title}, ${OPTION_STATUS[option.status]}.`);
+    const now = OPTION_STATUS[option.status];
+    lines.push(was ? `${option.title}: ${OPTION_STATUS[was.status]} → ${now}.` : `New: ${option.title}, ${now}.`);
   }
   for (const option of old.values()) lines.push(`No longer offered: ${option.title}.`);
   const rules = new Set(before.notices.map((line) => line.rule));
@@ -35,7 +41,11 @@ export function compare(before, after) {
   const now = new Set(after.notices.map((line) => line.rule));
   for (const line of before.notices) if (!now.has(line.rule)) lines.push(`Notice ${line.rule} no longer applies.`);
   const open = after.missing.length - before.missing.length;
-  if (open) lines.push(open > 0 ? `${plural(open, "more question")} would matter.` : `${plural(-open, "question")} fewer would matter.`);
-  if (before.sign_off && !after.sign_off) lines.push("The earlier signature no longer holds; this pathway is preliminary.");
+  if (open) lines.push(
+    open > 0 ? `${plural(open, "more question")} would matter.` : `${plural(-open, "question")} fewer would matter.`
+  );
+  if (before.sign_off && !after.sign_off) lines.push(
+    "The earlier signature no longer holds; this pathway is preliminary."
+  );
   return { marks, lines };
 }

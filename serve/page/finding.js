@@ -16,16 +16,37 @@ export function pictures(id, findings, pathway, signal) {
   const canvas = h("canvas", { role: "img", class: "picture" });
   const stage = h("div", { class: "stage" }, canvas);
   const trouble = h("div", null);
-  const heatButton = h("button", { type: "button", "aria-pressed": "false", "aria-keyshortcuts": "h", onclick: toggleHeat }, "Heat map");
+  const heatButton = h(
+    "button",
+    { type: "button", "aria-pressed": "false", "aria-keyshortcuts": "h", onclick: toggleHeat },
+    "Heat map",
+  );
   const caption = h("figcaption", { class: "src" });
   const about = h("div", null);
   const alike = h("div", null);
-  const picker = findings.length > 1 && h("fieldset", { class: "pills" }, h("legend", null, "Picture"), findings.map((one, i) => {
-    const box = h("input", { type: "radio", name: "picture", id: `picture-${i}`, checked: i === 0, onchange: () => { at = i; draw(); } });
+  const picker = findings.length > 1 && h("fieldset", { class: "pills" }, h(
+    "legend", null,
+    "Picture",
+  ), findings.map((one, i) => {
+    const box = h(
+      "input",
+      { type: "radio", name: "picture", id: `picture-${i}`, checked: i === 0, onchange: () => { at = i; draw(); } },
+    );
     return h("span", { class: "pill" }, box, h("label", { for: `picture-${i}` }, `${i + 1}`));
   }));
   const node = h("div", { class: "look" },
-    h("figure", null, stage, h("div", { class: "picture-tools" }, heatButton, h("button", { type: "button", onclick: enlarge }, "Enlarge"), picker), caption, trouble),
+    h(
+      "figure", null,
+      stage,
+      h(
+        "div", { class: "picture-tools" },
+        heatButton,
+        h("button", { type: "button", onclick: enlarge }, "Enlarge"),
+        picker,
+      ),
+      caption,
+      trouble,
+    ),
     about, alike);
 
   const path = (rest = "") => batchPath(id, `/images/${encodeURIComponent(findings[at].image_id)}${rest}`);
@@ -48,14 +69,20 @@ export function pictures(id, findings, pathway, signal) {
     heatButton.disabled = finding.status !== "ok";
     if (finding.status !== "ok") heat = false;
     heatButton.setAttribute("aria-pressed", String(heat));
-    canvas.setAttribute("aria-label", `Picture ${finding.image_id}${heat ? ", with the heat map of where the model looked" : ""}`);
+    canvas.setAttribute(
+      "aria-label",
+      `Picture ${finding.image_id}${heat ? ", with the heat map of where the model looked" : ""}`,
+    );
     caption.textContent = `${finding.image_id}${findings.length > 1 ? `, ${at + 1} of ${findings.length}` : ""}`;
     fill(about, answer(finding, pathway, findings.length));
     fill(trouble);
     fill(alike);
     stage.classList.add("waiting");
     try {
-      if (!readable) throw Object.assign(new Error(finding.reason ?? "the picture could not be read"), { todo: "Take a new picture." });
+      if (!readable) throw Object.assign(
+        new Error(finding.reason ?? "the picture could not be read"),
+        { todo: "Take a new picture." },
+      );
       let content = await image();
       if (mine !== turn) return;
       if (heat) {
@@ -78,7 +105,10 @@ export function pictures(id, findings, pathway, signal) {
       const { neighbours } = await explanation();
       if (mine === turn) fill(alike, nearest(neighbours));
     } catch (error) {
-      if (!signal.aborted && mine === turn) fill(alike, h("p", { class: "src" }, `No nearest lesions: ${error.message}`));
+      if (!signal.aborted && mine === turn) fill(
+        alike,
+        h("p", { class: "src" }, `No nearest lesions: ${error.message}`),
+      );
     }
   }
 
@@ -98,7 +128,11 @@ export function pictures(id, findings, pathway, signal) {
   }
 
   draw();
-  return { node, toggleHeat, update: (now) => { pathway = now; fill(about, answer(findings[at], pathway, findings.length)); } };
+  return {
+    node,
+    toggleHeat,
+    update: (now) => { pathway = now; fill(about, answer(findings[at], pathway, findings.length)); },
+  };
 }
 
 function bytes(base64) {
@@ -112,33 +146,70 @@ function answer(finding, pathway, pictureCount) {
     ...flags.map((flag) => FLAG_TEXT[flag] ?? flag),
     ...(finding.ood ? ["unlike the pictures the model was trained on"] : []),
   ];
-  const quality = marks.length > 0 && h("p", { class: "marks" }, marks.map((text) => h("span", { class: "mark" }, h("span", { "aria-hidden": "true" }, "⚠ "), text)));
+  const quality = marks.length > 0 && h(
+    "p", { class: "marks" },
+    marks.map((text) => h("span", { class: "mark" }, h("span", { "aria-hidden": "true" }, "⚠ "), text)),
+  );
   const head = h("h2", null, "What the picture says");
   if (finding.status !== "ok") {
-    return [head, h("p", { class: "not-assessable" }, h("b", null, FINDING_STATUS[finding.status]), finding.reason ? `: ${finding.reason}` : "", ". No class is shown; the clinical route decides."), quality];
+    return [
+      head,
+      h(
+        "p", { class: "not-assessable" },
+        h("b", null, FINDING_STATUS[finding.status]),
+        finding.reason ? `: ${finding.reason}` : "",
+        ". No class is shown; the clinical route decides.",
+      ),
+      quality,
+    ];
   }
   if (pathway && !pathway.assessable) {
-    return [head, h("p", { class: "not-assessable" }, h("b", null, "not assessable"), ". No class is shown; the clinical route decides."), quality];
+    return [
+      head,
+      h(
+        "p", { class: "not-assessable" },
+        h("b", null, "not assessable"),
+        ". No class is shown; the clinical route decides.",
+      ),
+      quality,
+    ];
   }
   if (pathway?.basis === "histology") {
     return [head, h("p", null, "The pathway follows histology; the picture no longer counts."), quality];
   }
-  const order = codes().map((code) => ({ ...diagnosis(code), p: finding[`p_${code}`] ?? 0, inSet: finding.conformal_set?.includes(code) }));
+  const order = codes().map(
+    (code) => ({ ...diagnosis(code), p: finding[`p_${code}`] ?? 0, inSet: finding.conformal_set?.includes(code) })
+  );
   order.sort((a, b) => b.p - a.p);
   return [
     head,
     h("table", { class: "bars" },
       h("caption", { class: "unseen" }, "Calibrated probabilities, most probable first"),
-      h("thead", { class: "unseen" }, h("tr", null, ["diagnosis", "bar", "probability", "in the set"].map((name) => h("th", { scope: "col" }, name)))),
+      h(
+        "thead", { class: "unseen" },
+        h("tr", null, ["diagnosis", "bar", "probability", "in the set"].map((name) => h("th", { scope: "col" }, name))),
+      ),
       h("tbody", null, order.map((one) => h("tr", { class: one.inSet ? "in" : "out" },
         h("th", { scope: "row" }, one.name, one.malignant && h("span", { class: "tag warm" }, "malignant")),
         h("td", { class: "track" }, bar(one.p, one.malignant ? "warm" : "")),
         h("td", { class: "num" }, percent(one.p)),
         h("td", { class: "in-set" }, one.inSet ? [h("span", { "aria-hidden": "true" }, "● "), "in the set"] : ""))))),
     h("p", { class: "sum" }, "Malignant, all three classes: ", h("b", null, percent(finding.p_malignant))),
-    pictureCount > 1 && pathway && h("p", null, `Over all ${plural(pathway.image_ids.length, "picture")}: malignant `, h("b", null, percent(pathway.p_malignant)), ", set ", setChips(pathway.conformal_set)),
+    pictureCount > 1 && pathway && h(
+      "p", null,
+      `Over all ${plural(pathway.image_ids.length, "picture")}: malignant `,
+      h("b", null, percent(pathway.p_malignant)),
+      ", set ",
+      setChips(pathway.conformal_set),
+    ),
     quality,
-    h("p", { class: "src" }, `The set holds every class that cannot be ruled out at the chosen coverage${finding.conformal_set?.length ? "" : "; it is empty here"}. An estimate from pictures does not rule out cancer.${pathway ? ` Decided from ${BASIS_TEXT[pathway.basis]}.` : ""}`),
+    h(
+      "p", { class: "src" },
+      "The set holds every class that cannot be ruled out at the chosen coverage",
+      !finding.conformal_set?.length && "; it is empty here",
+      ". An estimate from pictures does not rule out cancer.",
+      pathway && ` Decided from ${BASIS_TEXT[pathway.basis]}.`,
+    ),
   ];
 }
 
@@ -151,6 +222,9 @@ function nearest(neighbours) {
       return h("li", null, h("span", null, name, malignant && h("span", { class: "tag warm" }, "malignant")),
         h("span", { class: "src" }, `${one.image_id}, distance ${one.distance.toFixed(2)}`));
     })),
-    h("p", { class: "src" }, "Training lesions that look most alike to the network; their pictures stay with the training data."),
+    h(
+      "p", { class: "src" },
+      "Training lesions that look most alike to the network; their pictures stay with the training data.",
+    ),
   ];
 }

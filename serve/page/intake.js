@@ -21,20 +21,41 @@ export function intake() {
   const list = h("ul", { class: "plain chosen" });
   const outcome = h("div", null);
   const send = h("button", { type: "button", class: "primary", disabled: true, onclick: start }, "Score");
-  const images = picker("files", "Pictures or one archive", ".zip,.tar,.tgz,.gz,.zst,.jpg,.jpeg,.png,.tif,.tiff,.bmp,.webp,.dcm");
+  const images = picker(
+    "files",
+    "Pictures or one archive",
+    ".zip,.tar,.tgz,.gz,.zst,.jpg,.jpeg,.png,.tif,.tiff,.bmp,.webp,.dcm",
+  );
   const table = picker("patients", "Table of patients", ".csv,.tsv,.json,.jsonl,.ndjson,.parquet,.xlsx");
 
   const zone = h(
     "div",
     { class: "drop", ondragover: (event) => { event.preventDefault(); zone.classList.add("over"); },
       ondragleave: () => zone.classList.remove("over"), ondrop },
-    h("p", { class: "drop-text" }, h("b", null, "Drop pictures, a folder or an archive here"), h("br"), "together with a table of patients, if there is one"),
+    h(
+      "p", { class: "drop-text" },
+      h("b", null, "Drop pictures, a folder or an archive here"),
+      h("br"),
+      "together with a table of patients, if there is one",
+    ),
     h("div", { class: "pickers" }, images.node, table.node),
   );
 
   function picker(id, text, accept) {
-    const input = h("input", { type: "file", id: `pick-${id}`, class: "unseen", accept, multiple: id === "files", onchange: () => { take([...input.files]); input.value = ""; } });
-    return { node: h("span", { class: "picker" }, input, h("label", { class: "button", for: `pick-${id}` }, text, " …")) };
+    const input = h(
+      "input",
+      {
+        type: "file",
+        id: `pick-${id}`,
+        class: "unseen",
+        accept,
+        multiple: id === "files",
+        onchange: () => { take([...input.files]); input.value = ""; },
+      },
+    );
+    return {
+      node: h("span", { class: "picker" }, input, h("label", { class: "button", for: `pick-${id}` }, text, " …"))
+    };
   }
 
   async function ondrop(event) {
@@ -53,8 +74,9 @@ export function intake() {
       else if (kind === "patients") chosen.patients = file;
       else unknown.push(file.name);
     }
+    const some = unknown.slice(0, 3).join(", ") + (unknown.length > 3 ? ", …" : "");
     fill(outcome, unknown.length > 0 && problem({
-      message: `${plural(unknown.length, "file")} left out: ${unknown.slice(0, 3).join(", ")}${unknown.length > 3 ? ", …" : ""}`,
+      message: `${plural(unknown.length, "file")} left out: ${some}`,
       expected: "pictures (JPEG, PNG, DICOM …), an archive (zip, tar …) or a table (CSV, JSON, Parquet …)",
     }, "Not taken"));
     drawList();
@@ -65,15 +87,37 @@ export function intake() {
     const bytes = chosen.images.reduce((sum, file) => sum + file.size, 0);
     fill(
       list,
-      chosen.archive && item(`archive ${chosen.archive.name}, ${size(chosen.archive.size)}`, () => { chosen.archive = null; }),
-      chosen.images.length > 0 && item(`${plural(chosen.images.length, "picture")}, ${size(bytes)}`, () => { chosen.images = []; }),
-      chosen.patients && item(`patients ${chosen.patients.name}, ${size(chosen.patients.size)}`, () => { chosen.patients = null; }),
+      chosen.archive && item(
+        `archive ${chosen.archive.name}, ${size(chosen.archive.size)}`,
+        () => { chosen.archive = null; },
+      ),
+      chosen.images.length > 0 && item(
+        `${plural(chosen.images.length, "picture")}, ${size(bytes)}`,
+        () => { chosen.images = []; },
+      ),
+      chosen.patients && item(
+        `patients ${chosen.patients.name}, ${size(chosen.patients.size)}`,
+        () => { chosen.patients = null; },
+      ),
     );
     send.disabled = !chosen.archive && !chosen.images.length;
   }
 
   function item(text, remove) {
-    return h("li", null, h("span", null, text), h("button", { type: "button", class: "quiet", "aria-label": `Remove ${text}`, onclick: () => { remove(); drawList(); images.node.querySelector("input").focus(); } }, "Remove"));
+    return h(
+      "li", null,
+      h("span", null, text),
+      h(
+        "button",
+        {
+          type: "button",
+          class: "quiet",
+          "aria-label": `Remove ${text}`,
+          onclick: () => { remove(); drawList(); images.node.querySelector("input").focus(); },
+        },
+        "Remove",
+      ),
+    );
   }
 
   async function start() {
@@ -84,13 +128,30 @@ export function intake() {
     const bar = h("progress", { max: 1, value: 0, "aria-label": "Upload" });
     const text = h("span", null, "Sending");
     const stop = new AbortController();
-    fill(outcome, h("div", { class: "sending" }, text, bar, h("button", { type: "button", class: "quiet", onclick: () => stop.abort() }, "Stop")));
+    fill(
+      outcome,
+      h(
+        "div", { class: "sending" },
+        text,
+        bar,
+        h("button", { type: "button", class: "quiet", onclick: () => stop.abort() }, "Stop"),
+      ),
+    );
     send.disabled = true;
     try {
-      const sent = (share) => { bar.value = share; text.textContent = share < 1 ? `Sending ${percent(share)}` : "The server checks it"; };
+      const sent = (share) => {
+        bar.value = share;
+        text.textContent = share < 1 ? `Sending ${percent(share)}` : "The server checks it";
+      };
       open(await upload("v1/batches", form, sent, stop.signal));
     } catch (error) {
-      fill(outcome, error.name === "AbortError" ? h("p", { role: "status" }, "Stopped; nothing was scored.") : problem(error, "Not scored"));
+      fill(
+        outcome,
+        error.name === "AbortError" ? h(
+          "p", { role: "status" },
+          "Stopped; nothing was scored.",
+        ) : problem(error, "Not scored"),
+      );
       send.disabled = false;
     }
   }
@@ -101,17 +162,28 @@ export function intake() {
   }
 
   return h("section", { class: "panel intake", "aria-labelledby": "intake-title" },
-    h("h2", { id: "intake-title" }, "New batch"), zone, list, h("p", { class: "actions" }, send), outcome, byAddress(open));
+    h(
+      "h2", { id: "intake-title" },
+      "New batch",
+    ), zone, list, h("p", { class: "actions" }, send), outcome, byAddress(open));
 }
 
 function byAddress(open) {
-  const source = h("input", { id: "source", type: "text", required: true, placeholder: "s3://bucket/prefix/", spellcheck: "false" });
+  const source = h(
+    "input",
+    { id: "source", type: "text", required: true, placeholder: "s3://bucket/prefix/", spellcheck: "false" },
+  );
   const patients = h("input", { id: "source-patients", type: "text", spellcheck: "false" });
   const outcome = h("div", null);
   const onsubmit = async (event) => {
     event.preventDefault();
     try {
-      open(await call("v1/batches", { method: "POST", json: { source: source.value.trim(), patients: patients.value.trim() || null } }));
+      open(
+        await call(
+          "v1/batches",
+          { method: "POST", json: { source: source.value.trim(), patients: patients.value.trim() || null } },
+        )
+      );
     } catch (error) {
       fill(outcome, problem(error, "Not scored"));
     }

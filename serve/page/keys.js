@@ -39,7 +39,10 @@ export function showKeys() {
   });
   dialog(
     "Keys of this view",
-    h("dl", { class: "keys" }, rows.map(([name, { does }]) => [h("dt", null, h("kbd", null, name)), h("dd", null, does)])),
+    h(
+      "dl", { class: "keys" },
+      rows.map(([name, { does }]) => [h("dt", null, h("kbd", null, name)), h("dd", null, does)]),
+    ),
     h("p", null, box, " ", h("label", { for: "keys-on" }, "Single keys are on")),
     h("p", { class: "src" }, "Tab, Enter, Space and the arrow keys work everywhere; single keys rest while you type."),
   );

@@ -14,8 +14,11 @@ import { count, fact } from "./words.js";
 export async function showLesion(place, { signal }, id, lesionId) {
   const path = batchPath(id, `/lesions/${encodeURIComponent(lesionId)}`);
   const [told, fields, list] = await Promise.all([
-    call(path, { signal }), loadFields(), loadList(id, { signal }).catch((error) => { if (signal.aborted) throw error; return null; }),
+    call(path, { signal }),
+    loadFields(),
+    loadList(id, { signal }).catch(() => null), // a lesion can be read without its neighbours in the list
   ]);
+  if (list) list.last = lesionId;
   let pathway = told.pathway;
   const known = {
     patient: told.patient ?? { patient_id: `unknown-${lesionId}` },
@@ -30,15 +33,30 @@ export async function showLesion(place, { signal }, id, lesionId) {
   const sign = reviewBar(id, lesionId, (signed) => { pathway = signed; touch(id, signed); next.hidden = !unsigned(); });
   const walk = walking(list, id, lesionId);
   const unsigned = () => walk.rows.find((row) => !row.signed && row.lesion_id !== lesionId);
-  const next = h("button", { type: "button", hidden: true, onclick: () => { location.hash = link.lesion(id, unsigned().lesion_id); } }, "Next unsigned lesion");
+  const next = h(
+    "button",
+    { type: "button", hidden: true, onclick: () => { location.hash = link.lesion(id, unsigned().lesion_id); } },
+    "Next unsigned lesion",
+  );
   sign.node.append(next);
 
   place.append(
-    h("p", { class: "crumb" }, h("a", { href: "#/" }, "Batches"), " / ", h("a", { href: link.batch(id) }, "Work list"), walk.node),
+    h(
+      "p", { class: "crumb" },
+      h("a", { href: "#/" }, "Batches"),
+      " / ",
+      h("a", { href: link.batch(id) }, "Work list"),
+      walk.node,
+    ),
     h("div", { class: "title-row" }, h("h1", { tabindex: "-1" }, "Lesion ", lesionId), person),
     h("div", { class: "lesion" },
       h("section", { class: "panel col-look", "aria-label": "Pictures" }, look.node),
-      h("section", { class: "panel col-plan", "aria-labelledby": "plan-title" }, h("h2", { id: "plan-title" }, "Pathway"), change, plan),
+      h(
+        "section", { class: "panel col-plan", "aria-labelledby": "plan-title" },
+        h("h2", { id: "plan-title" }, "Pathway"),
+        change,
+        plan,
+      ),
       h("div", { class: "panel col-case" }, form.node)),
     sign.node,
   );
@@ -49,7 +67,14 @@ export async function showLesion(place, { signal }, id, lesionId) {
     k: { does: "lesion before", run: () => walk.go(-1) },
     h: { does: "heat map on or off", run: look.toggleHeat },
     q: { does: "first open question", run: () => pathway?.missing[0] && form.ask(pathway.missing[0].fact) },
-    ...Object.fromEntries(decisionKeys.map(([value, name, letter]) => [letter, { does: `${name.toLowerCase()} this pathway`, run: () => sign.choose(value) }])),
+    ...Object.fromEntries(
+      decisionKeys.map(
+        ([value, name, letter]) => [
+          letter,
+          { does: `${name.toLowerCase()} this pathway`, run: () => sign.choose(value) },
+        ]
+      )
+    ),
     u: { does: "back to the work list", run: () => { location.hash = link.batch(id); } },
   });
 
@@ -60,8 +85,17 @@ export async function showLesion(place, { signal }, id, lesionId) {
     sign.update(pathway);
     const { age, sex } = known.patient;
     const site = known.lesion.site;
-    const facts = [age !== undefined && age !== null && `${fact(age)} years`, sex && sex !== "unknown" && sex, site && site !== "unknown" && site];
-    fill(person, "Patient ", h("b", null, known.patient.patient_id), facts.filter(Boolean).map((text) => ` · ${fact(text)}`));
+    const facts = [
+      age !== undefined && age !== null && `${fact(age)} years`,
+      sex && sex !== "unknown" && sex,
+      site && site !== "unknown" && site,
+    ];
+    fill(
+      person,
+      "Patient ",
+      h("b", null, known.patient.patient_id),
+      facts.filter(Boolean).map((text) => ` · ${fact(text)}`),
+    );
   }
 
   // answers wait for each other, so that an older pathway never replaces a newer one
@@ -81,7 +115,15 @@ export async function showLesion(place, { signal }, id, lesionId) {
       if (pathway) touch(id, pathway);
       if (signal.aborted) return;
       draw(marks);
-      fill(change, h("p", null, h("b", null, lines.length ? "Changed" : "Nothing changed"), ` by ${name.split(".")[1].replaceAll("_", " ")}: ${fact(value)}`), lines.length > 0 && h("ul", null, lines.map((line) => h("li", null, line))));
+      fill(
+        change,
+        h(
+          "p", null,
+          h("b", null, lines.length ? "Changed" : "Nothing changed"),
+          ` by ${name.split(".")[1].replaceAll("_", " ")}: ${fact(value)}`,
+        ),
+        lines.length > 0 && h("ul", null, lines.map((line) => h("li", null, line))),
+      );
     } catch (error) {
       if (signal.aborted) return;
       form.update(known, pathway?.missing ?? []); // the input shows again what the server holds
@@ -92,7 +134,11 @@ export async function showLesion(place, { signal }, id, lesionId) {
 
 function noPathway() {
   return [
-    h("p", null, h("b", null, "No pathway yet."), " Nothing is known of the patient: the batch came without a table, or without this lesion."),
+    h(
+      "p", null,
+      h("b", null, "No pathway yet."),
+      " Nothing is known of the patient: the batch came without a table, or without this lesion.",
+    ),
     h("p", null, "Fill in what you know; the first answer makes a pathway, and unknown never counts as no."),
   ];
 }
@@ -100,7 +146,9 @@ function noPathway() {
 /** Lesion before and after, in the order of the filtered list. */
 function walking(list, id, lesionId) {
   let rows = list ? filtered(list) : [];
-  if (list && !rows.some((row) => row.lesion_id === lesionId)) rows = list.rows; // it fell out of the filter: signed, for instance
+  if (list && !rows.some(
+    (row) => row.lesion_id === lesionId
+  )) rows = list.rows; // it fell out of the filter: signed, for instance
   const at = rows.findIndex((row) => row.lesion_id === lesionId);
   const step = (by) => (at < 0 ? undefined : rows[at + by]);
   const go = (by) => {
@@ -110,8 +158,16 @@ function walking(list, id, lesionId) {
   };
   const arrow = (by, text) => {
     const row = step(by);
-    return row ? h("a", { class: "button", href: link.lesion(id, row.lesion_id) }, text) : h("span", { class: "button off" }, text);
+    return row ? h(
+      "a", { class: "button", href: link.lesion(id, row.lesion_id) },
+      text,
+    ) : h("span", { class: "button off" }, text);
   };
-  const node = at >= 0 && h("nav", { class: "walk", "aria-label": "Lesions" }, arrow(-1, "‹ Previous"), h("span", { class: "src" }, `${count(at + 1)} of ${count(rows.length)}`), arrow(1, "Next ›"));
+  const node = at >= 0 && h(
+    "nav", { class: "walk", "aria-label": "Lesions" },
+    arrow(-1, "‹ Previous"),
+    h("span", { class: "src" }, `${count(at + 1)} of ${count(rows.length)}`),
+    arrow(1, "Next ›"),
+  );
   return { node, go, rows };
 }

@@ -23,34 +23,78 @@ export function pathwayView(pathway, changed, ask) {
   return [
     h("div", { class: `urgency ${pathway.urgency}` },
       h("b", { class: "level" }, pathway.urgency),
-      h("div", null, h("p", null, h("strong", null, URGENCY_TEXT[pathway.urgency]), changed.has("urgency") && tagChanged()),
+      h("div", null, h(
+        "p", null,
+        h("strong", null, URGENCY_TEXT[pathway.urgency]),
+        changed.has("urgency") && tagChanged(),
+      ),
         reasons.length ? h("ul", { class: "plain" }, reasons.map((line) => h("li", null, line.text, " ", cite(line))))
           : h("p", { class: "src" }, `from rules ${pathway.urgency_rules.join(", ") || "–"}`))),
     notices.length > 0 && [h("h3", null, "Read first"), h("ul", { class: "plain notices" }, notices.map((line) =>
       h("li", null, line.text, " ", cite(line), changed.has(`notice:${line.rule}`) && tagChanged())))],
     h("h3", null, "Options, in the order to consider"),
-    open.length ? h("ol", { class: "options" }, open.map((option, i) => optionView(option, open[i - 1], said, changed, ask)))
+    open.length ? h(
+      "ol", { class: "options" },
+      open.map((option, i) => optionView(option, open[i - 1], said, changed, ask)),
+    )
       : h("p", null, "None is offered."),
-    blocked.length > 0 && [h("h3", null, `Blocked (${blocked.length})`), h("ul", { class: "plain blocked-options" }, grouped(blocked).map((group) => blockedView(group, changed)))],
-    pathway.follow_up.length > 0 && [h("h3", null, "Follow-up"), h("ul", { class: "plain lines" }, pathway.follow_up.map((line) => h("li", null, line.text, " ", cite(line))))],
+    blocked.length > 0 && [
+      h("h3", null, `Blocked (${blocked.length})`),
+      h("ul", { class: "plain blocked-options" }, grouped(blocked).map((group) => blockedView(group, changed))),
+    ],
+    pathway.follow_up.length > 0 && [
+      h("h3", null, "Follow-up"),
+      h("ul", { class: "plain lines" }, pathway.follow_up.map((line) => h("li", null, line.text, " ", cite(line)))),
+    ],
     Object.keys(pathway.patient_texts).length > 0 && [
       h("h3", null, "Words for the shared decision", h("small", null, "a draft: edit before use")),
-      Object.entries(pathway.patient_texts).map(([name, text]) => h("blockquote", null, h("p", null, h("b", null, TEXT_TITLES[name] ?? name), " ", h("span", { class: "src" }, `[${name}]`)), h("p", null, text))),
+      Object.entries(pathway.patient_texts).map(
+        ([name, text]) => h(
+          "blockquote", null,
+          h("p", null, h("b", null, TEXT_TITLES[name] ?? name), " ", h("span", { class: "src" }, `[${name}]`)),
+          h("p", null, text),
+        )
+      ),
     ],
-    h("details", { class: "trace" }, h("summary", null, `Trace: ${plural(pathway.trace.length, "rule")} that held, with the facts`),
-      h("dl", null, pathway.trace.map((fired) => [h("dt", null, fired.rule), h("dd", null, Object.entries(fired.facts).map(([name, value]) => `${name.replaceAll("_", " ")}: ${fact(value)}`).join("; ") || "always")]))),
+    h("details", { class: "trace" }, h(
+      "summary", null,
+      `Trace: ${plural(pathway.trace.length, "rule")} that held, with the facts`,
+    ),
+      h(
+        "dl", null,
+        pathway.trace.map(
+          (fired) => [
+            h("dt", null, fired.rule),
+            h(
+              "dd", null,
+              Object.entries(fired.facts).map(
+                ([name, value]) => `${name.replaceAll("_", " ")}: ${fact(value)}`
+              ).join("; ") || "always",
+            ),
+          ]
+        ),
+      )),
     h("p", { class: "src" }, versions(pathway.versions)),
   ];
 }
 
 /** The lines of the rules that give the urgency, where the pathway holds them. */
 function why(pathway) {
-  const lines = [...pathway.notices, ...pathway.follow_up, ...pathway.options.flatMap((option) => [...option.offered_by, ...option.restrictions])];
+  const lines = [
+    ...pathway.notices,
+    ...pathway.follow_up,
+    ...pathway.options.flatMap((option) => [...option.offered_by, ...option.restrictions])
+  ];
   return pathway.urgency_rules.map((rule) => lines.find((line) => line.rule === rule)).filter(Boolean);
 }
 
 function cite(line) {
-  return h("span", { class: "src cite" }, `[${line.rule}; ${line.source}; `, h("abbr", { title: VERIFICATION[line.verification] }, line.verification), "]");
+  return h(
+    "span", { class: "src cite" },
+    `[${line.rule}; ${line.source}; `,
+    h("abbr", { title: VERIFICATION[line.verification] }, line.verification),
+    "]",
+  );
 }
 
 const tagChanged = () => h("span", { class: "tag changed" }, "changed");
@@ -61,10 +105,20 @@ function optionView(option, before, said, changed, ask) {
     "li",
     { class: option.status },
     h("div", { class: "option-head" }, h("span", { class: "title" }, option.title),
-      h("span", { class: `option-state ${option.status}` }, h("span", { "aria-hidden": "true" }, STATUS_MARK[option.status], " "), OPTION_STATUS[option.status]),
+      h(
+        "span", { class: `option-state ${option.status}` },
+        h("span", { "aria-hidden": "true" }, STATUS_MARK[option.status], " "),
+        OPTION_STATUS[option.status],
+      ),
       changed.has(`option:${option.option}`) && tagChanged()),
     option.restrictions.map((line) => h("p", { class: "restriction" }, line.text, " ", cite(line))),
-    option.confirm.length > 0 && h("p", { class: "confirm" }, "Confirm: ", option.confirm.map((name) => h("button", { type: "button", class: "link", onclick: () => ask(name) }, label(name)))),
+    option.confirm.length > 0 && h(
+      "p", { class: "confirm" },
+      "Confirm: ",
+      option.confirm.map(
+        (name) => h("button", { type: "button", class: "link", onclick: () => ask(name) }, label(name))
+      ),
+    ),
     !same && because(option.offered_by, said),
   );
 }
@@ -75,7 +129,12 @@ function because(lines, said) {
   const fresh = lines.filter((line) => !said.has(line.rule));
   const old = lines.filter((line) => said.has(line.rule)).map((line) => line.rule);
   for (const line of fresh) said.add(line.rule);
-  return h("p", { class: "because" }, "Because: ", fresh.map((line) => [line.text, " ", cite(line), " "]), old.length > 0 && h("span", { class: "src cite" }, `[${old.join(", ")}, said above]`));
+  return h(
+    "p", { class: "because" },
+    "Because: ",
+    fresh.map((line) => [line.text, " ", cite(line), " "]),
+    old.length > 0 && h("span", { class: "src cite" }, `[${old.join(", ")}, said above]`),
+  );
 }
 
 /** Options that are blocked for the same reasons, so that these are said once. */
@@ -94,14 +153,25 @@ function blockedView(group, changed) {
   return h(
     "li",
     null,
-    h("p", null, group.map((option, i) => [i > 0 && ", ", h("s", null, option.title), changed.has(`option:${option.option}`) && tagChanged()]),
+    h("p", null, group.map(
+      (option, i) => [i > 0 && ", ", h("s", null, option.title), changed.has(`option:${option.option}`) && tagChanged()]
+    ),
       h("span", { class: "unseen" }, " blocked")),
-    overtaken(first) ? h("p", { class: "restriction" }, "Too slow for this urgency ", h("span", { class: "src cite" }, `[${rules.join(", ")}]`))
+    overtaken(first) ? h(
+      "p", { class: "restriction" },
+      "Too slow for this urgency ",
+      h("span", { class: "src cite" }, `[${rules.join(", ")}]`),
+    )
       : first.restrictions.map((line) => h("p", { class: "restriction" }, line.text, " ", cite(line))),
   );
 }
 
 function versions(told) {
   const thresholds = Object.entries(told.thresholds).map(([name, value]) => `${label(name)} ${fact(value)}`).join(", ");
-  return `DermaFlow ${told.dermaflow} · model ${told.model} ${told.model_sha256.slice(0, 12)} · knowledge base ${told.knowledge_base} ${told.knowledge_sha256.slice(0, 12)} · thresholds ${thresholds || "none"}. The rules are a draft for clinical review, not validated.`;
+  return [
+    `DermaFlow ${told.dermaflow}`,
+    `model ${told.model} ${told.model_sha256.slice(0, 12)}`,
+    `knowledge base ${told.knowledge_base} ${told.knowledge_sha256.slice(0, 12)}`,
+    `thresholds ${thresholds || "none"}. The rules are a draft for clinical review, not validated.`,
+  ].join(" · ");
 }

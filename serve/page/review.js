@@ -11,13 +11,28 @@ const DECISIONS = [
   ["rejected", "Reject", "r", "not to be followed"],
 ];
 
-/** The bar to sign with. `signed(pathway)` is called when a decision is kept. Gives `node`, `update(pathway)`, `choose(decision)`. */
+/**
+ * The bar to sign with. `signed(pathway)` is called when a decision is kept.
+ * Gives `node`, `update(pathway)` and `choose(decision)`.
+ */
 export function reviewBar(batchId, lesionId, signed) {
   let pathway = null;
   const status = h("div", { class: "sign-status" });
   const outcome = h("div", { class: "sign-outcome" });
-  const boxes = DECISIONS.map(([value]) => h("input", { type: "radio", name: "decision", id: `decision-${value}`, value, onchange: drawReason }));
-  const by = h("input", { id: "by", type: "text", autocomplete: "name", maxlength: "120", "aria-describedby": "by-wrong", value: sessionStorage.getItem(BY) ?? "" });
+  const boxes = DECISIONS.map(
+    ([value]) => h("input", { type: "radio", name: "decision", id: `decision-${value}`, value, onchange: drawReason })
+  );
+  const by = h(
+    "input",
+    {
+      id: "by",
+      type: "text",
+      autocomplete: "name",
+      maxlength: "120",
+      "aria-describedby": "by-wrong",
+      value: sessionStorage.getItem(BY) ?? "",
+    },
+  );
   const reason = h("textarea", { id: "reason", rows: "1", maxlength: "2000", "aria-describedby": "reason-wrong" });
   const reasonLabel = h("label", { for: "reason" });
   const byWrong = h("span", { id: "by-wrong", class: "wrong" });
@@ -28,7 +43,13 @@ export function reviewBar(batchId, lesionId, signed) {
     "form",
     { class: "sign-form", novalidate: true, onsubmit },
     h("fieldset", { class: "pills", "aria-describedby": "choice-wrong" }, h("legend", null, "Decision"),
-      boxes.map((box, i) => h("span", { class: "pill" }, box, h("label", { for: box.id, title: DECISIONS[i][3] }, DECISIONS[i][1]))), choiceWrong),
+      boxes.map(
+        (box, i) => h(
+          "span", { class: "pill" },
+          box,
+          h("label", { for: box.id, title: DECISIONS[i][3] }, DECISIONS[i][1]),
+        )
+      ), choiceWrong),
     h("p", { class: "sign-reason" }, reasonLabel, reason, reasonWrong),
     h("p", { class: "sign-by" }, h("label", { for: "by" }, "Name of the clinician"), by, byWrong),
     send,
@@ -68,7 +89,19 @@ export function reviewBar(batchId, lesionId, signed) {
     send.disabled = true;
     try {
       const decision = chosen();
-      const told = await call("v1/reviews", { method: "POST", json: { batch_id: batchId, lesion_id: lesionId, by: by.value.trim(), decision, reason: reason.value.trim() || null } });
+      const told = await call(
+        "v1/reviews",
+        {
+          method: "POST",
+          json: {
+            batch_id: batchId,
+            lesion_id: lesionId,
+            by: by.value.trim(),
+            decision,
+            reason: reason.value.trim() || null,
+          },
+        },
+      );
       sessionStorage.setItem(BY, by.value.trim());
       for (const box of boxes) box.checked = false;
       reason.value = "";
@@ -89,8 +122,24 @@ export function reviewBar(batchId, lesionId, signed) {
     if (!pathway) fill(status, h("p", null, "There is no pathway to sign yet: fill in what is known of the patient."));
     else if (pathway.sign_off) {
       const { by: name, at, decision, reason: why } = pathway.sign_off;
-      fill(status, h("p", null, h("b", { class: decision }, `${decision[0].toUpperCase()}${decision.slice(1)} by `, name), h("span", { class: "src" }, ` ${when(at)}`), why && ` · ${why}`, h("span", { class: "src" }, " An amendment needs a reason; this one stays in the log.")));
-    } else fill(status, h("p", null, h("b", { class: "preliminary" }, "PRELIMINARY"), " Nothing here may be ordered, planned or told to the patient before a clinician has signed."));
+      fill(
+        status,
+        h(
+          "p", null,
+          h("b", { class: decision }, `${decision[0].toUpperCase()}${decision.slice(1)} by `, name),
+          h("span", { class: "src" }, ` ${when(at)}`),
+          why && ` · ${why}`,
+          h("span", { class: "src" }, " An amendment needs a reason; this one stays in the log."),
+        ),
+      );
+    } else fill(
+      status,
+      h(
+        "p", null,
+        h("b", { class: "preliminary" }, "PRELIMINARY"),
+        " Nothing here may be ordered, planned or told to the patient before a clinician has signed.",
+      ),
+    );
     drawReason();
   }
 

@@ -30,7 +30,13 @@ export const TEXT_TITLES = {
   "T-vasc": "Harmless-looking spot", "T-dark": "Darker skin", "T-preg": "Pregnancy and breast-feeding",
   "T-bloodthinner": "Blood thinner",
 };
-const LABELS = { fitzpatrick: "skin type (Fitzpatrick)", inr: "INR", dpd_deficiency: "DPD deficiency", diameter_mm: "diameter (mm)", breslow_mm: "Breslow thickness (mm)" };
+const LABELS = {
+  fitzpatrick: "skin type (Fitzpatrick)",
+  inr: "INR",
+  dpd_deficiency: "DPD deficiency",
+  diameter_mm: "diameter (mm)",
+  breslow_mm: "Breslow thickness (mm)",
+};
 
 /** Name of a field or a fact: `patient.prior_melanoma` becomes `prior melanoma`. */
 export function label(name) {

@@ -5,6 +5,7 @@ import { bindKeys } from "./keys.js";
 import { diagnosis, filtered, link } from "./store.js";
 import { count, percent, URGENCIES, URGENCY_SHORT, URGENCY_TEXT } from "./words.js";
 
+const HEAD = ["urgency", "lesion", "most probable", "malignant", "cannot be ruled out", "mark", "signed"];
 const PAGE = 200; // rows put on the page at once: more makes typing in the search slow
 
 export function worklist(id, list, { running }) {
@@ -17,31 +18,55 @@ export function worklist(id, list, { running }) {
   function draw() {
     const passed = filtered(list);
     fill(body, passed.slice(0, shown).map((row) => rowOf(id, row)));
-    found.textContent = passed.length === rows.length ? `${count(rows.length)} lesions` : `${count(passed.length)} of ${count(rows.length)} lesions`;
+    const of = passed.length === rows.length ? "" : `${count(passed.length)} of `;
+    found.textContent = `${of}${count(rows.length)} lesions`;
     more.hidden = passed.length <= shown;
     more.textContent = `Show ${count(Math.min(PAGE, passed.length - shown))} more`;
   }
 
   function step(by) {
     const links = [...body.querySelectorAll("a.row-link")];
-    const at = links.indexOf(document.activeElement);
+    let at = links.indexOf(document.activeElement);
+    if (at < 0) at = links.findIndex((one) => one.textContent === list.last); // go on where one came back from
     links[at < 0 ? 0 : Math.max(0, Math.min(links.length - 1, at + by))]?.focus();
   }
 
-  const search = h("input", { type: "search", id: "search", value: filter.text, placeholder: "lesion, patient, diagnosis", oninput: () => { filter.text = search.value; draw(); } });
+  const search = h(
+    "input",
+    {
+      type: "search",
+      id: "search",
+      value: filter.text,
+      placeholder: "lesion, patient, diagnosis",
+      oninput: () => { filter.text = search.value; draw(); },
+    },
+  );
   const numbers = Object.fromEntries(URGENCIES.map((u) => [u, rows.filter((row) => row.urgency === u).length]));
   const anyUrgency = URGENCIES.some((u) => numbers[u]);
   const filters = h(
     "div",
     { class: "filters", role: "search", "aria-label": "Filter the work list" },
     h("p", { class: "search" }, h("label", { for: "search" }, "Search"), search),
-    anyUrgency && h("fieldset", { class: "pills" }, h("legend", null, "Urgency"), URGENCIES.map((u) => pill(`f-${u}`, [h("b", null, u), ` ${count(numbers[u])}`], filter.urgency.includes(u), (checked) => {
+    anyUrgency && h("fieldset", { class: "pills" }, h("legend", null, "Urgency"), URGENCIES.map((u) => pill(`f-${u}`, [
+      h("b", null, u),
+      ` ${count(numbers[u])}`,
+    ], filter.urgency.includes(u), (checked) => {
       filter.urgency = checked ? [...filter.urgency, u] : filter.urgency.filter((one) => one !== u);
       draw();
     }, URGENCY_TEXT[u], u))),
     h("fieldset", { class: "pills" }, h("legend", null, "Only"),
-      pill("f-flagged", `flagged ${count(rows.filter((row) => row.flagged).length)}`, filter.flagged, (checked) => { filter.flagged = checked; draw(); }),
-      pill("f-unsigned", `unsigned ${count(rows.filter((row) => !row.signed).length)}`, filter.unsigned, (checked) => { filter.unsigned = checked; draw(); })),
+      pill(
+        "f-flagged",
+        `flagged ${count(rows.filter((row) => row.flagged).length)}`,
+        filter.flagged,
+        (checked) => { filter.flagged = checked; draw(); },
+      ),
+      pill(
+        "f-unsigned",
+        `unsigned ${count(rows.filter((row) => !row.signed).length)}`,
+        filter.unsigned,
+        (checked) => { filter.unsigned = checked; draw(); },
+      )),
   );
   bindKeys({
     j: { does: "next lesion of the list; Enter opens it", run: () => step(1) },
@@ -51,15 +76,29 @@ export function worklist(id, list, { running }) {
   });
   draw();
   return [
-    h("div", { class: "worklist-head" }, h("h2", { id: "worklist-title" }, "Work list", running && h("small", null, "grows while the batch runs")), found),
+    h(
+      "div", { class: "worklist-head" },
+      h("h2", { id: "worklist-title" }, "Work list", running && h("small", null, "grows while the batch runs")),
+      found,
+    ),
     filters,
     h("table", { class: "list worklist" },
       h("caption", { class: "unseen" }, "Lesions, most urgent first"),
-      h("thead", null, h("tr", null, ["urgency", "lesion", "most probable", "malignant", "cannot be ruled out", "mark", "signed"].map((name) => h("th", { scope: "col" }, name)))),
+      h(
+        "thead", null,
+        h(
+          "tr", null,
+          HEAD.map((name) => h("th", { scope: "col" }, name)),
+        ),
+      ),
       body),
     rows.length === 0 && h("p", { class: "empty" }, "No lesion."),
     h("p", { class: "actions" }, more),
-    h("p", { class: "src" }, "▲ malignant class. Malignant: estimated from pictures; does not rule out cancer. Flagged: suspicious by the model's safety policy although its most probable class may be harmless."),
+    h(
+      "p", { class: "src" },
+      "▲ malignant class. Malignant: estimated from pictures; does not rule out cancer. ",
+      "Flagged: suspicious by the model's safety policy, also where the most probable class is harmless.",
+    ),
   ];
 }
 
@@ -71,7 +110,11 @@ function pill(id, content, checked, change, title, urgency) {
 /** Urgency with its word; colour only helps. */
 export function urgencyChip(urgency) {
   if (!urgency) return h("span", { class: "urgency-chip none" }, "no pathway");
-  return h("span", { class: `urgency-chip ${urgency}`, title: URGENCY_TEXT[urgency] }, h("b", null, urgency), ` ${URGENCY_SHORT[urgency]}`);
+  return h(
+    "span", { class: `urgency-chip ${urgency}`, title: URGENCY_TEXT[urgency] },
+    h("b", null, urgency),
+    ` ${URGENCY_SHORT[urgency]}`,
+  );
 }
 
 /** Codes of the conformal set, the malignant marked. */
@@ -79,14 +122,23 @@ export function setChips(codes) {
   if (!codes?.length) return "–";
   return h("span", { class: "set" }, codes.map((code) => {
     const { name, malignant } = diagnosis(code);
-    return h("span", { class: malignant ? "code malignant" : "code", title: malignant ? `${name}, malignant` : name }, code, malignant && [h("span", { "aria-hidden": "true" }, "\u2009▲"), h("span", { class: "unseen" }, " malignant")]);
+    return h(
+      "span",
+      { class: malignant ? "code malignant" : "code", title: malignant ? `${name}, malignant` : name },
+      code,
+      malignant && [h("span", { "aria-hidden": "true" }, "\u2009▲"), h("span", { class: "unseen" }, " malignant")],
+    );
   }));
 }
 
 export function signedChip(decision) {
   const marks = { accepted: "✓", edited: "✎", rejected: "✕" };
   if (!decision) return h("span", { class: "src" }, "unsigned");
-  return h("span", { class: `signed ${decision}` }, h("span", { "aria-hidden": "true" }, marks[decision], " "), decision);
+  return h(
+    "span", { class: `signed ${decision}` },
+    h("span", { "aria-hidden": "true" }, marks[decision], " "),
+    decision,
+  );
 }
 
 function rowOf(id, row) {
@@ -96,12 +148,30 @@ function rowOf(id, row) {
     "tr",
     { class: row.signed ? "done" : "" },
     h("td", { class: "c-urgency" }, urgencyChip(row.urgency)),
-    h("th", { scope: "row", class: "c-lesion" }, h("a", { class: "row-link", href: link.lesion(id, row.lesion_id) }, row.lesion_id),
+    h("th", { scope: "row", class: "c-lesion" }, h(
+      "a", { class: "row-link", href: link.lesion(id, row.lesion_id) },
+      row.lesion_id,
+    ),
       row.patient_id && h("span", { class: "src" }, row.patient_id)),
-    h("td", { class: "c-dx" }, !assessed ? h("i", null, row.status === "failed" ? "not readable" : "not assessable") : name ? [name, malignant && h("span", { class: "tag warm" }, "malignant")] : "–"),
-    h("td", { class: "c-p" }, assessed && row.p_malignant !== null ? [bar(row.p_malignant, "warm"), h("span", { class: "num" }, percent(row.p_malignant))] : "–"),
+    h(
+      "td", { class: "c-dx" },
+      !assessed ? h(
+        "i", null,
+        row.status === "failed" ? "not readable" : "not assessable",
+      ) : name ? [name, malignant && h("span", { class: "tag warm" }, "malignant")] : "–",
+    ),
+    h(
+      "td", { class: "c-p" },
+      assessed && row.p_malignant !== null ? [
+        bar(row.p_malignant, "warm"),
+        h("span", { class: "num" }, percent(row.p_malignant)),
+      ] : "–",
+    ),
     h("td", { class: "c-set" }, assessed ? setChips(row.conformal_set) : "–"),
-    h("td", { class: "c-flag" }, row.flagged && h("span", { class: "flag" }, h("span", { "aria-hidden": "true" }, "⚑ "), "flagged")),
+    h(
+      "td", { class: "c-flag" },
+      row.flagged && h("span", { class: "flag" }, h("span", { "aria-hidden": "true" }, "⚑ "), "flagged"),
+    ),
     h("td", { class: "c-signed" }, signedChip(row.signed)),
   );
 }
