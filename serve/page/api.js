@@ -67,7 +67,10 @@ export function upload(path, form, sent, signal) {
     request.open("POST", path);
     for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
     request.upload.addEventListener("progress", (event) => event.lengthComputable && sent(event.loaded / event.total));
-    request.addEventListener("error", () => reject(new Problem(0)));
+    request.addEventListener("error", () => reject(new Problem(0, { error: {
+      message: "The connection broke while sending.",
+      todo: "See whether the server runs. It also cuts off what is larger than it accepts: try a smaller archive.",
+    } })));
     request.addEventListener("abort", () => reject(new DOMException("given up", "AbortError")));
     request.addEventListener("load", () => {
       if (request.status < 300) resolve(JSON.parse(request.responseText));

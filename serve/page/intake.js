@@ -5,9 +5,9 @@ import { announce, fill, h, problem } from "./dom.js";
 import { link } from "./store.js";
 import { percent, plural, size } from "./words.js";
 
-const ARCHIVE = /\.(zip|tar|tar\.gz|tgz|tar\.zst|gz|zst)$/i;
+const ARCHIVE = /\.(zip|tar|tar\.gz|tgz|tar\.zst|tzst)$/i;
 const IMAGE = /\.(jpe?g|png|tiff?|bmp|webp|dcm)$/i;
-const TABLE = /\.(csv|tsv|json|jsonl|ndjson|parquet|xlsx)$/i;
+const TABLE = /\.(csv|tsv|txt|json|jsonl|ndjson|parquet|pq)$/i;
 
 /** What a file is for, by its name: `archive`, `image`, `patients`, or null. */
 export function kindOf(name) {
@@ -26,7 +26,7 @@ export function intake() {
     "Pictures or one archive",
     ".zip,.tar,.tgz,.gz,.zst,.jpg,.jpeg,.png,.tif,.tiff,.bmp,.webp,.dcm",
   );
-  const table = picker("patients", "Table of patients", ".csv,.tsv,.json,.jsonl,.ndjson,.parquet,.xlsx");
+  const table = picker("patients", "Table of patients", ".csv,.tsv,.txt,.json,.jsonl,.ndjson,.parquet,.pq");
 
   const zone = h(
     "div",

@@ -4,6 +4,8 @@ import { batchPath, call } from "./api.js";
 
 const store = { model: null, fields: null, lists: new Map() };
 
+const AT_ONCE = 50_000; // rows of a work list that are asked for at once
+
 export const PLAIN_FILTER = { urgency: [], flagged: false, unsigned: false, text: "" };
 
 export async function loadModel() {
@@ -35,8 +37,14 @@ export async function loadFields() {
 export async function loadList(id, { fresh = false, signal } = {}) {
   const known = store.lists.get(id);
   if (known && !fresh) return known;
-  const { lesions } = await call(batchPath(id, "/worklist"), { signal });
-  const list = { rows: lesions, filter: known?.filter ?? { ...PLAIN_FILTER } };
+  const rows = [];
+  for (;;) {
+    const path = batchPath(id, `/worklist?limit=${AT_ONCE}&offset=${rows.length}`);
+    const { lesions, total } = await call(path, { signal });
+    rows.push(...lesions);
+    if (!lesions.length || rows.length >= (total ?? 0)) break;
+  }
+  const list = { rows, filter: known?.filter ?? { ...PLAIN_FILTER }, last: known?.last };
   store.lists.set(id, list);
   return list;
 }
