@@ -1,1 +1,1 @@
-"""Ray Serve deployments. Empty until serving is built."""
+"""Ray Serve: the classifier next to the recommender, batches, and the page for dermatologists."""

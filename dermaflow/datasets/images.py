@@ -81,6 +81,15 @@ def decode(data: bytes, min_height: int, min_width: int) -> np.ndarray:
     return _decode_with_pillow(data)
 
 
+def dimensions(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels as the header gives them; nothing is decoded.
+
+    Raises:
+        ImageProblem: Empty, too large, or no image.
+    """
+    return _header(data)[:2]
+
+
 def _header(data: bytes) -> tuple[int, int, str]:
     if not data:
         raise ImageProblem("empty", "no bytes")

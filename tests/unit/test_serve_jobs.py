@@ -1,0 +1,148 @@
+"""The table of batches: each change happens once, and outlives the process; the dispatcher's decisions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dermaflow.errors import DataError
+from serve.jobs import JobError, JobStore, new_id
+from serve.runner import said
+
+MODEL = {"name": "tiny", "version": "tiny-1", "sha256": "a" * 64, "uri": "/models/tiny"}
+
+
+def queue(store: JobStore, **changes: Any) -> str:
+    id = changes.pop("id", None) or new_id()
+    row = {"name": "a.zip", "source": "/in/a.zip", "patients": None, "out": "/out", "model": MODEL, "caller": "clinic"}
+    store.add(id=id, **(row | changes))
+    return id
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL of our own on a socket in a folder; it refuses to run as root."""
+    pytest.importorskip("psycopg")
+    binary = shutil.which("initdb")
+    if binary is None:
+        pytest.skip("no PostgreSQL here")
+    folder = Path(f"/tmp/dermaflow-pg-{os.getpid()}")
+    folder.mkdir(mode=0o700)
+    prefix: list[str] = []
+    if os.geteuid() == 0:
+        shutil.chown(folder, "nobody")
+        prefix = ["setpriv", "--reuid=nobody", "--clear-groups", "--no-new-privs"]
+
+    def run(*command: str) -> None:
+        subprocess.run([*prefix, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
+                       env={"PATH": os.environ["PATH"], "HOME": str(folder), "LC_ALL": "C"})  # fmt: skip
+
+    data = str(folder / "data")
+    try:
+        run("initdb", "-D", data, "-U", "dermaflow", "-A", "trust", "--no-sync")
+        run("pg_ctl", "-D", data, "-w", "-l", str(folder / "log"), "-o", f"-h '' -k {folder} -F", "start")
+        try:
+            yield f"postgresql+psycopg://dermaflow@/postgres?host={folder}"
+        finally:
+            run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/state/jobs.sqlite"
+    address: str = request.getfixturevalue("postgres")
+    import sqlalchemy as sa
+
+    with sa.create_engine(address).begin() as connection:
+        connection.execute(sa.text("DROP TABLE IF EXISTS batches"))
+    return address
+
+
+def test_a_batch_goes_its_way_and_outlives_the_process(url: str) -> None:
+    store = JobStore(url)
+    id = queue(store, name="O'Hara; DROP TABLE batches; --<b>.zip", patients="/in/p.csv")
+    assert store.begin(id)
+    again = JobStore(url)  # as after a restart
+    job = again.get(id)
+    assert job is not None
+    assert (job.state, job.name, job.patients, job.model) == (
+        "running", "O'Hara; DROP TABLE batches; --<b>.zip", "/in/p.csv", MODEL,
+    )  # fmt: skip
+    assert [job.id for job in again.list(("running",))] == [id]
+    assert again.finish(id)
+    assert again.counts() == {"finished": 1}
+    ended = store.get(id)
+    assert ended is not None
+    assert ended.created <= ended.started <= ended.finished  # type: ignore[operator]
+
+
+def test_a_batch_that_has_ended_stays_as_it_ended(url: str) -> None:
+    store = JobStore(url)
+    id = queue(store)
+    store.begin(id)
+    assert store.cancelled(id)
+    assert not store.finish(id)
+    assert not store.fail(id, "late")
+    assert not store.begin(id)
+    store.ask_to_cancel(id)
+    job = store.get(id)
+    assert job is not None and (job.state, job.error) == ("cancelled", None)
+
+
+def test_cancelling_ends_a_waiting_batch_and_marks_a_running_one(url: str) -> None:
+    store = JobStore(url)
+    waiting, running = queue(store), queue(store)
+    store.begin(running)
+    for id in (waiting, running):
+        store.ask_to_cancel(id)
+    states = [(job.state, job.cancel) for job in (store.get(waiting), store.get(running)) if job]
+    assert states == [("cancelled", True), ("running", True)]
+
+
+def test_only_one_of_many_takes_a_batch(url: str) -> None:
+    store = JobStore(url)
+    id = queue(store)
+    taken: list[bool] = []
+    threads = [threading.Thread(target=lambda: taken.append(JobStore(url).begin(id))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == [False] * 5 + [True]
+
+
+def test_the_longest_waiting_comes_first_and_the_newest_is_listed_first(url: str) -> None:
+    store = JobStore(url)
+    ids = [queue(store) for _ in range(3)]
+    first = store.next_queued()
+    assert first is not None and first.id == ids[0]
+    assert [job.id for job in store.list()] == ids[::-1]
+    assert [job.id for job in store.list(limit=1)] == ids[-1:]
+    assert [store.attempt(ids[0]) for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_database_that_cannot_be_reached_is_said_without_its_password(tmp_path: Path) -> None:
+    pytest.importorskip("psycopg")
+    with pytest.raises(JobError) as caught:
+        JobStore(f"postgresql+psycopg://someone:secret@/nowhere?host={tmp_path}")
+    assert "secret" not in str(caught.value)
+
+
+def test_an_error_names_the_upload_as_the_sender_did(tmp_path: Path) -> None:
+    store = JobStore(f"sqlite:///{tmp_path}/jobs.sqlite")
+    job = store.get(queue(store, source="/var/state/x/archive.zip", name="clinic.zip"))
+    assert job is not None
+    error = DataError(
+        "/var/state/x/archive.zip is no archive", where="/var/state/x", expected="a .zip", todo="send it again"
+    )
+    assert said(error, job) == "clinic.zip is no archive; expected a .zip; send it again"
