@@ -128,4 +128,6 @@ def report_identity(folder: str) -> str:
 
 def scoring_identity(folder: str) -> str:
     """SHA-256 over what a finished run of bulk scoring found and says."""
-    return storage.sha256("".join(storage.sha256_file(storage.join(folder, n)) for n in (FINDINGS, PAGE, SUMMARY)).encode())
+    return storage.sha256(
+        "".join(storage.sha256_file(storage.join(folder, n)) for n in (FINDINGS, PAGE, SUMMARY)).encode()
+    )

@@ -10,9 +10,7 @@ from flows.steps import scored
 
 
 @flow
-def score(
-    source: str, output: str, model: str = "champion", patients: str | None = None, hours: float = 24
-) -> Output:
+def score(source: str, output: str, model: str = "champion", patients: str | None = None, hours: float = 24) -> Output:
     """Score every image of a source once, and with patients write their pathways. A run that was cut off goes on.
 
     Args:

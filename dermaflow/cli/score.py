@@ -14,10 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dermaflow import storage
 from dermaflow.cli.console import command, console, errors, print_table
-from dermaflow.scoring.plan import FINDINGS, PAGE, PATHWAYS, Options, Status
-
 
 if TYPE_CHECKING:
+    from dermaflow.scoring.plan import Status
     from dermaflow.scoring.summary import Summary
 
 LISTED = 10  # flagged lesions shown on the terminal
@@ -46,6 +45,7 @@ def score(
     Example: dermaflow score archive.zip --out runs/scored --patients patients.csv
     """
     from dermaflow.scoring.bulk import score as run
+    from dermaflow.scoring.plan import Options
 
     if views not in (None, 1, 4):
         raise typer.BadParameter("1 or 4", param_hint="--views")
@@ -98,6 +98,8 @@ def _shown() -> Iterator[Shown]:
 
 
 def _print(summary: Summary, out: str) -> None:
+    from dermaflow.scoring.plan import FINDINGS, PAGE, PATHWAYS
+
     rows = [
         [c.code, c.name, f"{c.predicted:,}", "–" if c.share is None else f"{c.share:.1%}", f"{c.training:.1%}"]
         for c in summary.classes

@@ -43,6 +43,8 @@ _ENCRYPTED, _UTF8 = 0x1, 0x800
 _HEADER_BYTES = 1 << 20
 """Longest header of a tar that is believed: real ones hold a path and some times."""
 _PIECE = 1 << 20
+_UNPACKED_PIECE = 4096
+"""Bytes unpacked at a time: so much at most is lost before the place where a packed tar is damaged."""
 
 
 class _Budget:
@@ -89,7 +91,7 @@ def list_zip(file: RandomFile, limits: Limits) -> Iterator[Reference]:
         if number == limits.members:
             yield rest(file.uri, number, f"too_many_members: {directory.entries:,}, the limit is {limits.members:,}")
             return
-        if len(buffer) - at < _ENTRY.size + 3 * _FULL16:  # the longest entry there can be
+        if position < end and len(buffer) - at < _ENTRY.size + 3 * _FULL16:  # the longest entry there can be
             piece = file.read_at(position, min(_PIECE, end - position))
             position += len(piece)
             buffer, at = buffer[at:] + piece, 0
@@ -158,7 +160,8 @@ def _parse_entry(buffer: bytes, at: int) -> _Entry | None:
     if len(buffer) - at < length:
         return None
     raw = buffer[at + _ENTRY.size : at + _ENTRY.size + name]
-    size, packed, offset = _wide(buffer[at + _ENTRY.size + name :][:extra], size, packed, offset)
+    fields = at + _ENTRY.size + name
+    size, packed, offset = _wide(buffer[fields : fields + extra], size, packed, offset)
     text = raw.decode("utf-8" if flags & _UTF8 else "cp437", errors="replace").replace("\\", "/")
     return _Entry(text, flags, method, crc, packed, size, attributes >> 16 if made >> 8 == 3 else 0, offset, length)
 
@@ -254,7 +257,7 @@ def list_tar(file: RandomFile, limits: Limits) -> Iterator[Reference]:
     """
     budget, number, cut = _Budget(limits), 0, False
     try:
-        tar = tarfile.open(fileobj=_Headers(file.stream()), mode="r:")  # type: ignore[call-overload]
+        tar = tarfile.open(fileobj=_Headers(file.stream()), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
     except (tarfile.TarError, OSError, ValueError) as error:
         if file.size and not file.read_at(0, file.size if file.size <= _HEADER_BYTES else _HEADER_BYTES).strip(b"\0"):
             return
@@ -279,9 +282,9 @@ def list_tar(file: RandomFile, limits: Limits) -> Iterator[Reference]:
             if info.isdir():
                 continue
             number += 1
-            cut = info.isreg() and info.offset_data + info.size > file.size
             problem = _tar_problem(info, limits) or budget.problem(info.size, None)
-            if cut and problem is None:
+            cut = problem is None and info.offset_data + info.size > file.size
+            if cut:
                 problem = "truncated: the archive ends before the member does"
             yield Reference(
                 file.uri, info.name, member=info.name, bytes=info.size, offset=info.offset_data, problem=problem
@@ -332,7 +335,7 @@ def unpack(uri: str, to: str, limits: Limits) -> None:
         stream = pa.CompressedInputStream(pa.PythonFile(file.stream(), mode="r"), kind)
         while written < most:
             try:
-                piece = stream.read(min(_PIECE, most - written))
+                piece = stream.read(min(_UNPACKED_PIECE, most - written))
             except OSError as error:
                 if not written:
                     raise DataError(

@@ -2,7 +2,7 @@
 
 What travels through Ray are the numbers of parts and their commits. An actor loads the model once and does a part from
 the first byte read to the last written (`dermaflow.scoring.parts`), so that no pixels enter the object store, and what
-is done stands in the run's folder and not in the memory of a process. Kill any of them: the next run does what is missing.
+is done stands in the run's folder and not in the memory of a process. Kill any: the next run does what is missing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import logging
 import math
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,8 +45,6 @@ from dermaflow.settings import settings
 
 log = logging.getLogger(__name__)
 
-TASK_RETRIES = 3
-"""Times that a part is begun again when its process dies: a part that kills every process shall not do so for ever."""
 ROUNDS = 3
 """Times that parts whose file does not fit their commit are done again, before the disk is blamed."""
 ACTORS_A_GPU = 4
@@ -150,16 +150,17 @@ class _Actor:
     Args:
         out: Folder of the run.
         plan: Its plan, as JSON.
+        attempt: Names this try of the run.
         threads: CPU threads of the process.
     """
 
-    def __init__(self, out: str, plan: str, threads: int) -> None:
+    def __init__(self, out: str, plan: str, attempt: str, threads: int) -> None:
         import torch
 
         os.environ["DERMAFLOW_THREADS"] = str(threads)  # one process a CPU: more threads would only wait for each other
         settings.cache_clear()
         torch.set_num_threads(threads)
-        self._scorer = PartScorer(out, Plan.model_validate_json(plan))
+        self._scorer = PartScorer(out, Plan.model_validate_json(plan), attempt)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         commits = [self._scorer.score(part).model_dump_json() for part in batch["part"].to_pylist()]
@@ -177,23 +178,23 @@ def _score_parts(out: str, plan: Plan, parts: list[int], options: Options) -> It
     cpus, gpus = (ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU"))
     free = ray.available_resources().get("CPU", cpus)
     actors = options.workers or max(1, math.floor(free))
-    resources: dict[str, float] = {"num_cpus": 1}
+    threads, share = 1, None
     if gpus and settings().device != "cpu":
         actors = options.workers or max(1, min(math.floor(free), math.floor(gpus) * ACTORS_A_GPU))
-        resources = {"num_cpus": max(1, math.floor(free / actors)), "num_gpus": min(1.0, gpus / actors)}
+        threads, share = max(1, math.floor(free / actors)), min(1.0, gpus / actors)
     actors = min(actors, len(parts))
     log.info("scoring %d of %d parts with %d processes", len(parts), plan.parts, actors)
     dataset = ray.data.from_arrow([pa.table({"part": [part]}) for part in parts]).map_batches(
         _Actor,
-        fn_constructor_args=(out, plan.model_dump_json(), int(resources["num_cpus"])),
+        fn_constructor_args=(out, plan.model_dump_json(), uuid.uuid4().hex, threads),
         batch_format="pyarrow",
-        batch_size=None,
+        batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
-        max_restarts=-1,
-        max_task_retries=TASK_RETRIES,
-        **resources,
+        num_cpus=threads,
+        num_gpus=share,
     )
     try:
+        batch: Any
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from (Commit.model_validate_json(text) for text in batch["commit"].to_pylist())
     except (RayTaskError, RayError) as error:
@@ -208,7 +209,7 @@ def _said(error: BaseException, own_error: Callable[[BaseException], BaseExcepti
             return cause
         cause = cause.__cause__
     return StorageError(
-        f"a process that scored died or failed again and again: {type(own_error(error)).__name__}", where=out,
+        f"a process that scored could not go on: {type(own_error(error)).__name__}", where=out,
         expected="enough memory for every process", todo="try with --workers 1; what is done stays",
     )  # fmt: skip
 
@@ -220,17 +221,20 @@ def _merge(out: str, plan: Plan, state: Progress) -> bool:
     """Write all parts into one file; a part that is not as it was committed is taken back, and nothing written."""
     inputs, broken = Inputs(out), []
     place = storage.join(out, FINDINGS)
-    with contextlib.suppress(_Incomplete):
-        with storage.open_atomic(place) as stream, pq.ParquetWriter(stream, FINDING_SCHEMA, compression="zstd") as writer:
-            for part in range(plan.parts):
-                commit = state.commits.get(part)
-                content = verified_part(out, commit) if commit else None
-                if content is None or commit is None or commit.rows != inputs.rows(part):
-                    broken.append(part)
-                elif not broken:
-                    writer.write_table(pq.read_table(pa.BufferReader(content)))
-            if broken:
-                raise _Incomplete
+    with (
+        contextlib.suppress(_Incomplete),
+        storage.open_atomic(place) as stream,
+        pq.ParquetWriter(stream, FINDING_SCHEMA, compression="zstd") as writer,
+    ):
+        for part in range(plan.parts):
+            commit = state.commits.get(part)
+            content = verified_part(out, commit) if commit else None
+            if content is None or commit is None or commit.rows != inputs.rows(part):
+                broken.append(part)
+            elif not broken:
+                writer.write_table(pq.read_table(pa.BufferReader(content)))
+        if broken:
+            raise _Incomplete
     inputs.close()
     for part in broken:
         log.warning("part %d is not as it was committed and is done again", part)

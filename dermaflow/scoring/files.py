@@ -101,14 +101,15 @@ class RandomFile:
         if self._descriptor is None:
             return bytes(persistently(lambda: self._remote.read_at(count, offset), self.uri))
         parts = []
-        while count and (part := persistently(lambda: self._pread(offset, count), self.uri)):
+        while count and (part := self._pread(offset, count)):
             parts.append(part)
             offset, count = offset + len(part), count - len(part)
         return b"".join(parts)
 
     def _pread(self, offset: int, count: int) -> bytes:
-        assert self._descriptor is not None
-        return os.pread(self._descriptor, min(count, 1 << 30), offset)
+        descriptor = self._descriptor
+        assert descriptor is not None
+        return persistently(lambda: os.pread(descriptor, min(count, 1 << 30), offset), self.uri)
 
     def stream(self) -> io.BufferedReader:
         """The file from its beginning, buffered."""

@@ -7,7 +7,6 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -17,10 +16,13 @@ from dermaflow import storage
 from dermaflow.bundles.bundle import LoadedBundle, load_bundle
 from dermaflow.errors import BundleError, StorageError
 from dermaflow.schemas.finding import Finding, findings_table
-from dermaflow.scoring.plan import Commit, Inputs, Plan, commit_file, now, part_file
+from dermaflow.scoring.plan import LOG, Commit, Inputs, Plan, commit_file, now, part_file
 from dermaflow.scoring.predictor import Predictor
 from dermaflow.scoring.reading import Content, Reader
 from dermaflow.scoring.references import BadMember
+
+MOST_TRIES = 4
+"""Times that a run begins a part. One whose process dies is begun again by Ray, without end if nobody counts."""
 
 T = TypeVar("T")
 
@@ -31,14 +33,15 @@ class PartScorer:
     Args:
         out: Folder of the run.
         plan: Its plan.
+        attempt: Names this try of the run: how often a part killed its process is counted anew in the next one.
 
     Raises:
         BundleError: The model is damaged, or not the one of the plan any more.
         StorageError: The list of inputs cannot be read.
     """
 
-    def __init__(self, out: str, plan: Plan) -> None:
-        self._out, self._plan = out, plan
+    def __init__(self, out: str, plan: Plan, attempt: str = "") -> None:
+        self._out, self._plan, self._attempt = out, plan, attempt
         loaded = load_bundle(plan.model_uri)
         if loaded.sha256 != plan.model_sha256:
             raise BundleError(
@@ -56,6 +59,7 @@ class PartScorer:
             StorageError: The disk is full, or a store does not answer; the part stays undone.
         """
         begun = now()
+        self._count(part)
         rows = [SimpleNamespace(**row) for row in self._inputs.part(part).to_pylist()]
         findings: list[Finding] = []
         with Reader(self._plan.options.limits) as reader:
@@ -73,7 +77,20 @@ class PartScorer:
             reasons=Counter(str(f.reason).partition(":")[0] for f in findings if f.status == "failed"),
         )  # fmt: skip
         storage.write_bytes(commit_file(self._out, part), commit.model_dump_json().encode())
+        storage.delete(storage.join(self._out, LOG, f"part-{part:05d}.begun"))
         return commit
+
+    def _count(self, part: int) -> None:
+        """Note that the part is begun; one that ends its process again and again ends the run."""
+        place = storage.join(self._out, LOG, f"part-{part:05d}.begun")
+        known = storage.read_bytes(place).decode() if storage.exists(place) else ""
+        tries = known.count(self._attempt) + 1 if self._attempt else 1
+        if tries > MOST_TRIES:
+            raise StorageError(
+                f"the process ended {MOST_TRIES} times while it scored part {part}", where=self._out,
+                expected="enough memory for every process", todo="try with fewer workers; what is done stays",
+            )  # fmt: skip
+        storage.write_bytes(place, " ".join([self._attempt] * tries).encode())
 
     def _answer(self, chunk: Sequence[tuple[Any, Content]]) -> list[Finding]:
         readable = [(row, content) for row, content in chunk if isinstance(content, bytes)]
@@ -130,8 +147,3 @@ def verified_part(out: str, commit: Commit) -> bytes | None:
         return None
     content = storage.read_bytes(place)
     return content if storage.sha256(content) == commit.sha256 else None
-
-
-def local_path(address: str) -> Path | None:
-    """The path of a local address, None for one on an object store."""
-    return None if storage.is_remote(address) else Path(address)

@@ -1,4 +1,4 @@
-"""Begin a run of bulk scoring: resolve the model, list the source, and write the plan; or find the plan that is there."""
+"""Begin a run of bulk scoring: resolve the model, list the source, write the plan; or find the plan that is there."""
 
 from __future__ import annotations
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -126,16 +124,18 @@ def unsafe(path: str) -> str | None:
     others may do so with what is handed on."""
     if "\0" in path:
         return "unsafe_path: the name holds a zero byte"
-    if path.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", path):
+    if path.startswith(("/", "\\")) or (path[1:2] == ":" and path[0].isalpha()):
         return "unsafe_path: an absolute path"
-    if ".." in re.split(r"[/\\]", path):
+    if ".." in path and ".." in path.replace("\\", "/").split("/"):
         return "unsafe_path: the path leaves the archive"
     return None
 
 
 def suffix(path: str) -> str:
     """The suffix in lower case; a name that begins with a dot has none."""
-    return PurePosixPath(path).suffix.lower()
+    name = path.rpartition("/")[2]  # not by pathlib, which takes a third of the time of a listing
+    stem, dot, end = name.rpartition(".")
+    return (dot + end).lower() if stem.strip(".") and end else ""
 
 
 def may_be_dicom(path: str) -> bool:

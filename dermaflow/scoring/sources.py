@@ -1,7 +1,7 @@
 """List a source, whatever it is, as references: a stream, without pixels, in an order that never changes.
 
-A source is a folder, .zip, .tar, .tar.gz or .tar.zst, Parquet shards, a .csv of URIs, a DICOM file or an image; local or
-s3://. What cannot be used is a reference with its reason: a source has no gaps.
+A source is a folder, .zip, .tar, .tar.gz or .tar.zst, Parquet shards, a .csv of URIs, a DICOM file or an image, local
+or on s3://. What cannot be used is a reference with its reason: a source has no gaps.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ from dermaflow.scoring.references import (
 )
 
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tzst")
-_MAGIC = ((0, b"PK\3\4", "zip"), (257, b"ustar", "tar"), (0, b"\x1f\x8b", "packed_tar"), (0, b"\x28\xb5\x2f\xfd", "packed_tar"))
+_MAGIC = (
+    (0, b"PK\3\4", "zip"),
+    (257, b"ustar", "tar"),
+    (0, b"\x1f\x8b", "packed_tar"),
+    (0, b"\x28\xb5\x2f\xfd", "packed_tar"),
+)
 _ROWS = 1024  # of a Parquet file listed at a time
 _CELL = 1 << 16  # characters of a cell of a .csv
 
@@ -63,7 +68,7 @@ def identify(source: str) -> Source:
         return Source(uri, "packed_tar")
     if (kind := {".zip": "zip", ".tar": "tar", ".csv": "csv", ".parquet": "shards"}.get(suffix(name))) is not None:
         return Source(uri, kind)
-    with _whole_source(uri), RandomFile(uri) as file:
+    with _WholeSource(uri), RandomFile(uri) as file:
         head = file.read_at(0, 512)
     for offset, magic, kind in _MAGIC:
         if head[offset : offset + len(magic)] == magic:
@@ -118,7 +123,7 @@ def _list(source: Source, limits: Limits, skip: Skip) -> Iterator[Reference]:
         size = storage.info(source.uri).size
         yield Reference(source.uri, _name(source.uri), bytes=size, problem=size_problem(source.uri, size, limits))
     else:
-        with _whole_source(source.uri), RandomFile(source.uri) as file:
+        with _WholeSource(source.uri), RandomFile(source.uri) as file:
             yield from (list_zip if source.kind == "zip" else list_tar)(file, limits)
 
 
@@ -135,7 +140,7 @@ def _expand(reference: Reference, reader: Reader) -> Iterator[Reference]:
         yield reference.but(problem=error.problem)
 
 
-class _whole_source:  # noqa: N801
+class _WholeSource:
     """Within it, a file that cannot be read is an error and not a row: it is the source itself."""
 
     def __init__(self, uri: str) -> None:
@@ -250,9 +255,10 @@ def _list_shards(uri: str) -> Iterator[Reference]:
                     continue
                 for batch in file.iter_batches(_ROWS, columns=names):
                     for entry in batch.to_pylist():
+                        name = f"{_name(place)}:{row}"
                         yield Reference(
-                            place, f"{_name(place)}:{row}", image_id=_text(entry["image_id"]) or f"{_name(place)}:{row}",
-                            lesion_id=_text(entry.get("lesion_id")), offset=row,
+                            place, name, image_id=_text(entry["image_id"]) or name, offset=row,
+                            lesion_id=_text(entry.get("lesion_id")),
                         )  # fmt: skip
                         row += 1
         except (pa.ArrowException, OSError) as error:
@@ -274,13 +280,15 @@ def _text(value: object) -> str | None:
 
 def _list_csv(uri: str, limits: Limits) -> Iterator[Reference]:
     folder = uri.rpartition("/")[0]
-    with _whole_source(uri), RandomFile(uri) as file, io.TextIOWrapper(file.stream(), "utf-8-sig", "replace") as text:
+    with _WholeSource(uri), RandomFile(uri) as file, io.TextIOWrapper(file.stream(), "utf-8-sig", "replace") as text:
         csv.field_size_limit(_CELL)
         rows = csv.DictReader(text)
         try:
             columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
             if "uri" not in columns:
-                raise DataError("no column uri", where=uri, expected="a header with uri, and if known image_id, lesion_id")
+                raise DataError(
+                    "no column uri", where=uri, expected="a header with uri, and if known image_id, lesion_id"
+                )
             for number, row in enumerate(rows):
                 if number == limits.members:
                     yield rest(uri, number, f"too_many_members: the limit is {limits.members:,}")
