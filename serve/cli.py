@@ -22,7 +22,7 @@ from serve.options import Oidc, Options, ServeError, checked
 log = logging.getLogger(__name__)
 
 app = typer.Typer(
-    rich_markup_mode="markdown", invoke_without_command=True, no_args_is_help=False,
+    rich_markup_mode="markdown", invoke_without_command=True, pretty_exceptions_enable=False,
     help="Serve a model: findings, pathways, batches and the page for dermatologists, on Ray Serve.",
 )  # fmt: skip
 keys_app = typer.Typer(no_args_is_help=True, help="Keys: only their hashes are kept.")
@@ -138,6 +138,10 @@ def start(
     from dermaflow.preparation.cluster import connect
     from dermaflow.settings import settings
 
+    # Ray's workers give way to every other process of the machine, which is right for batches and wrong for answers;
+    # and on a busy machine its proxy needs longer than Serve waits by default.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # Ray counts what Serve reserves: one more, and the batches still have all of the machine
     connect(settings().threads + 1)
     from ray import serve

@@ -46,7 +46,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     data = str(folder / "data")
     try:
-        run("initdb", "-D", data, "-U", "dermaflow", "-A", "trust", "--no-sync")
+        run("initdb", "-D", data, "-U", "dermaflow", "-A", "trust", "-E", "UTF8", "--no-sync")
         run("pg_ctl", "-D", data, "-w", "-l", str(folder / "log"), "-o", f"-h '' -k {folder} -F", "start")
         try:
             yield f"postgresql+psycopg://dermaflow@/postgres?host={folder}"
