@@ -3,7 +3,7 @@
 import { batchPath, blob, call } from "./api.js";
 import { announce, bar, dialog, fill, h, paint, problem } from "./dom.js";
 import { codes, diagnosis } from "./store.js";
-import { setChips } from "./worklist.js";
+import { malignantMark, setChips } from "./worklist.js";
 import { BASIS_TEXT, FINDING_STATUS, FLAG_TEXT, percent, plural } from "./words.js";
 
 /** The column of the pictures. Gives `node`, `toggleHeat` and `update(pathway)`. */
@@ -187,14 +187,22 @@ function answer(finding, pathway, pictureCount) {
       h("caption", { class: "unseen" }, "Calibrated probabilities, most probable first"),
       h(
         "thead", { class: "unseen" },
-        h("tr", null, ["diagnosis", "bar", "probability", "in the set"].map((name) => h("th", { scope: "col" }, name))),
+        h("tr", null, ["in the set", "diagnosis", "bar", "probability"].map((name) => h("th", { scope: "col" }, name))),
       ),
       h("tbody", null, order.map((one) => h("tr", { class: one.inSet ? "in" : "out" },
-        h("th", { scope: "row" }, one.name, one.malignant && h("span", { class: "tag warm" }, "malignant")),
+        h("td", { class: "in-set" }, one.inSet && [
+          h("span", { "aria-hidden": "true", title: "in the set" }, "●"),
+          h("span", { class: "unseen" }, "in the set"),
+        ]),
+        h("th", { scope: "row" }, one.name, one.malignant && malignantMark()),
         h("td", { class: "track" }, bar(one.p, one.malignant ? "warm" : "")),
-        h("td", { class: "num" }, percent(one.p)),
-        h("td", { class: "in-set" }, one.inSet ? [h("span", { "aria-hidden": "true" }, "● "), "in the set"] : ""))))),
-    h("p", { class: "sum" }, "Malignant, all three classes: ", h("b", null, percent(finding.p_malignant))),
+        h("td", { class: "num" }, percent(one.p)))))),
+    h(
+      "p", { class: "src legend" },
+      h("span", { class: "in-set" }, "●"), " in the set: cannot be ruled out",
+      h("span", { class: "warm-text" }, "▲"), " malignant",
+    ),
+    h("p", { class: "sum" }, "All malignant classes together: ", h("b", null, percent(finding.p_malignant))),
     pictureCount > 1 && pathway && h(
       "p", null,
       `Over all ${plural(pathway.image_ids.length, "picture")}: malignant `,
@@ -205,9 +213,8 @@ function answer(finding, pathway, pictureCount) {
     quality,
     h(
       "p", { class: "src" },
-      "The set holds every class that cannot be ruled out at the chosen coverage",
-      !finding.conformal_set?.length && "; it is empty here",
-      ". An estimate from pictures does not rule out cancer.",
+      !finding.conformal_set?.length && "The set is empty here: no class is typical. ",
+      "An estimate from pictures does not rule out cancer.",
       pathway && ` Decided from ${BASIS_TEXT[pathway.basis]}.`,
     ),
   ];
@@ -219,7 +226,7 @@ function nearest(neighbours) {
     h("h2", null, "Nearest known lesions"),
     h("ol", { class: "plain nearest" }, neighbours.map((one) => {
       const { name, malignant } = diagnosis(one.dx);
-      return h("li", null, h("span", null, name, malignant && h("span", { class: "tag warm" }, "malignant")),
+      return h("li", null, h("span", null, name, malignant && malignantMark()),
         h("span", { class: "src" }, `${one.image_id}, distance ${one.distance.toFixed(2)}`));
     })),
     h(

@@ -24,7 +24,7 @@ export function intake() {
   const images = picker(
     "files",
     "Pictures or one archive",
-    ".zip,.tar,.tgz,.gz,.zst,.jpg,.jpeg,.png,.tif,.tiff,.bmp,.webp,.dcm",
+    ".zip,.tar,.tgz,.gz,.zst,.tzst,.jpg,.jpeg,.png,.tif,.tiff,.bmp,.webp,.dcm",
   );
   const table = picker("patients", "Table of patients", ".csv,.tsv,.txt,.json,.jsonl,.ndjson,.parquet,.pq");
 

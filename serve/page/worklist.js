@@ -80,6 +80,7 @@ export function worklist(id, list, { running }) {
       "div", { class: "worklist-head" },
       h("h2", { id: "worklist-title" }, "Work list", running && h("small", null, "grows while the batch runs")),
       found,
+      h("p", { class: "src legend" }, h("span", { class: "warm-text" }, "▲"), " malignant class"),
     ),
     filters,
     h("table", { class: "list worklist" },
@@ -96,7 +97,7 @@ export function worklist(id, list, { running }) {
     h("p", { class: "actions" }, more),
     h(
       "p", { class: "src" },
-      "▲ malignant class. Malignant: estimated from pictures; does not rule out cancer. ",
+      "Malignant: estimated from pictures; does not rule out cancer. ",
       "Flagged: suspicious by the model's safety policy, also where the most probable class is harmless.",
     ),
   ];
@@ -117,6 +118,15 @@ export function urgencyChip(urgency) {
   );
 }
 
+/** The mark of a malignant class: a sign for the eye, the word for a screen reader. */
+export function malignantMark() {
+  return h(
+    "span", { class: "warm-text", title: "malignant class" },
+    h("span", { "aria-hidden": "true" }, "\u2009▲"),
+    h("span", { class: "unseen" }, " malignant"),
+  );
+}
+
 /** Codes of the conformal set, the malignant marked. */
 export function setChips(codes) {
   if (!codes?.length) return "–";
@@ -126,7 +136,7 @@ export function setChips(codes) {
       "span",
       { class: malignant ? "code malignant" : "code", title: malignant ? `${name}, malignant` : name },
       code,
-      malignant && [h("span", { "aria-hidden": "true" }, "\u2009▲"), h("span", { class: "unseen" }, " malignant")],
+      malignant && malignantMark(),
     );
   }));
 }
@@ -158,7 +168,7 @@ function rowOf(id, row) {
       !assessed ? h(
         "i", null,
         row.status === "failed" ? "not readable" : "not assessable",
-      ) : name ? [name, malignant && h("span", { class: "tag warm" }, "malignant")] : "–",
+      ) : name ? [name, malignant && malignantMark()] : "–",
     ),
     h(
       "td", { class: "c-p" },
