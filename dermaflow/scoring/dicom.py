@@ -8,6 +8,7 @@ header is looked at or kept.
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -67,16 +68,16 @@ def frame_count(head: bytes) -> int:
     if _DEFLATED in head[:4096]:
         raise BadMember("unsupported_dicom", "deflated data set")
     header = _parse(io.BytesIO(head), stop_before_pixels=True, specific_tags=list(_TAGS))
-    kind = str(header.get("SOPClassUID", ""))
-    if kind not in PHOTOGRAPHS:
-        raise BadMember("not_a_photograph", f"DICOM class {_known(kind)}")
-    if str(header.get("RecognizableVisualFeatures", "NO")).upper() == "YES":
-        raise BadMember("recognizable", "the image says that a person can be recognised on it")
     try:
+        kind, recognizable = str(header.get("SOPClassUID", "")), str(header.get("RecognizableVisualFeatures", "NO"))
         frames = int(header.get("NumberOfFrames") or 1)
         rows, columns = int(header.get("Rows") or 0), int(header.get("Columns") or 0)
-    except (TypeError, ValueError):
-        raise BadMember("damaged", "size or number of frames cannot be read") from None
+    except Exception as error:  # values are parsed when they are asked for, and a forged one raises anything
+        raise BadMember("damaged", f"no readable DICOM header ({type(error).__name__})") from error
+    if kind not in PHOTOGRAPHS:
+        raise BadMember("not_a_photograph", f"DICOM class {_known(kind)}")
+    if recognizable.strip().upper() == "YES":
+        raise BadMember("recognizable", "the image says that a person can be recognised on it")
     if not 1 <= frames <= MAX_FRAMES:
         raise BadMember("too_many_frames", f"{frames:,}, the limit is {MAX_FRAMES:,}")
     if rows * columns > MAX_PIXELS:
@@ -173,6 +174,7 @@ def _parse(stream: io.BytesIO, **choices: Any) -> Any:
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote the header, where names of patients stand
+        logging.getLogger("pydicom").setLevel(logging.CRITICAL)
         pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
         try:
             return pydicom.dcmread(stream, **choices)

@@ -75,7 +75,7 @@ def test_members_read_as_the_standard_library_reads_them(tmp_path: Path, method:
         assert contents(path) == {n: archive.read(n) for n in archive.namelist() if not n.endswith("/")}
 
 
-def test_zip64_and_written_as_a_stream(tmp_path: Path) -> None:
+def test_zip64_and_written_as_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Pipe(io.RawIOBase):
         """Not seekable, so sizes stand behind the data."""
 
@@ -98,17 +98,18 @@ def test_zip64_and_written_as_a_stream(tmp_path: Path) -> None:
     assert contents(path) == {"a.jpg": jpeg(1)}
     many = tmp_path / "many.zip"
     with zipfile.ZipFile(many, "w") as archive:
-        for i in range(66_000):  # more than fit into 16 bits
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 100)  # as if they were more than fit into 16 bits
+        for i in range(6000):
             archive.writestr(zipfile.ZipInfo(f"{i}.jpg"), b"x")
     with RandomFile(str(many)) as file:
         references = list_zip(file, LIMITS)
         first = next(references)
         tracemalloc.start()
-        assert sum(1 for _ in islice(references, 5000)) == 5000
-        assert tracemalloc.get_traced_memory()[1] < 4 << 20, "the directory is a stream"
+        assert sum(1 for _ in islice(references, 5900)) == 5900
+        assert tracemalloc.get_traced_memory()[1] < 3 << 19, "the directory is a stream"
         tracemalloc.stop()
         *_, last = references
-    assert (first.member, last.member) == ("0.jpg", "65999.jpg")
+    assert (first.member, last.member) == ("0.jpg", "5999.jpg")
 
 
 def test_an_archive_that_is_none_or_cut_short_is_an_error(tmp_path: Path) -> None:
