@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from dermaflow.errors import DermaflowError
 
@@ -89,11 +89,14 @@ class JobStore:
         self._engine = sa.create_engine(url, pool_pre_ping=True, connect_args={"timeout": 30} if sqlite else {})
         if sqlite:
             sa.event.listen(self._engine, "connect", _careful)
-        try:
-            _metadata.create_all(self._engine)
-        except (OperationalError, DBAPIError) as error:
-            # two replicas that start at once may both try to make the table
-            if not sa.inspect(self._engine).has_table("batches"):
+        for last in (False, True):
+            try:
+                _metadata.create_all(self._engine)
+                break
+            except DBAPIError as error:
+                if not last:  # two replicas that start at once may both try to make the table; the second look finds it
+                    time.sleep(0.5)
+                    continue
                 raise JobError(
                     f"cannot be reached: {type(error).__name__}", where=at.render_as_string(hide_password=True),
                     expected="a database that takes connections", todo="check the address and its rights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dermaflow.learning.backbones import BackboneConfig, build
 from dermaflow.schemas.finding import Finding
 from dermaflow.taxonomy import CODES
 from serve.options import Limits, Options
+from serve.recommender import Recommender
 
 PATIENT = {"patient_id": "P1", "age": 61, "sex": "female"}
 LESION = {"lesion_id": "L1", "site": "back"}
@@ -74,9 +76,7 @@ class FakeBackend:
                 "overlay": b"png", "neighbours": []}  # fmt: skip
 
     async def recommend(self, body: bytes, thresholds: dict[str, float]) -> dict[str, Any]:
-        from serve.recommender import Recommender
-
-        return await Recommender().recommend(body, thresholds)
+        return await _recommender().recommend(body, thresholds)
 
     async def describe(self) -> dict[str, Any]:
         if self.fails:
@@ -85,6 +85,11 @@ class FakeBackend:
 
     def batch_added(self) -> None:
         self.added += 1
+
+
+@lru_cache(1)
+def _recommender() -> Recommender:
+    return Recommender()
 
 
 MODEL = {"name": "tiny", "version": "tiny-aaaaaaaaaa", "sha256": "a" * 64}
@@ -100,6 +105,6 @@ def small_options(state: Path, **changes: Any) -> Options:
     """Options with limits that a test can reach."""
     limits = Limits(
         body=200_000, images=3, image=100_000, pixels=200_000, cases=3, upload=300_000, files=3, members=50,
-        patients=5000, spare=0, in_flight=4, streams=2, timeout=5, idle=2,
+        patients=5000, spare=0, in_flight=4, streams=2, timeout=60, idle=10,
     )  # fmt: skip
     return Options(**({"state": state, "open": True, "limits": limits} | changes))
