@@ -34,6 +34,8 @@ from serve.models import Chosen, choose  # noqa: E402
 from serve.options import Limits, Options  # noqa: E402
 from serve.runner import NAMESPACE, dispatcher_name, runner_name  # noqa: E402
 
+pytestmark = pytest.mark.timeout(600)  # minutes where several things share the core; seconds by itself
+
 IMAGES = [a_jpeg(seed) for seed in range(6)]
 
 
@@ -64,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     (root / "allowed").mkdir()
     options = Options(
         model=models[0].uri, state=root / "state", keys=keys, sources=(str(root / "allowed"),), rate="1000000/minute",
-        working=4, waiting=8, threads=1, batch=8,
+        working=8, waiting=8, threads=1, batch=8,
         limits=Limits(body=4 << 20, images=16, upload=32 << 20, members=5000, spare=0, in_flight=48, timeout=30,
                       idle=5),
     )  # fmt: skip
@@ -79,7 +81,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         disconnect()
 
 
-def until(done: Callable[[], Any], seconds: float = 60, every: float = 0.2) -> Any:
+def until(done: Callable[[], Any], seconds: float = 200, every: float = 0.3) -> Any:
     end = time.monotonic() + seconds
     while not (found := done()):
         assert time.monotonic() < end, "it did not happen in time"
@@ -118,7 +120,7 @@ def batch(world: World, id: str) -> dict[str, Any]:
     return world.client.get(f"/v1/batches/{id}").json()  # type: ignore[no-any-return]
 
 
-def ended(world: World, id: str, seconds: float = 120) -> dict[str, Any]:
+def ended(world: World, id: str, seconds: float = 400) -> dict[str, Any]:
     return until(lambda: (b := batch(world, id))["state"] not in ("queued", "running") and b, seconds)  # type: ignore[no-any-return]
 
 
@@ -188,7 +190,9 @@ def test_images_of_many_requests_are_scored_together(world: World) -> None:
 
     async def ask() -> None:
         async with httpx.AsyncClient(base_url=world.url, headers=world.client.headers, timeout=60) as client:
-            await asyncio.gather(*(client.post("/v1/classify", files=form(IMAGES[0])) for _ in range(10)))
+            # a heat map holds the network while the others arrive
+            slow = client.post("/v1/explain", json={"image": encoded(IMAGES[0])[0]})
+            await asyncio.gather(slow, *(client.post("/v1/classify", files=form(IMAGES[0])) for _ in range(12)))
 
     asyncio.run(ask())
     after = batches()
@@ -338,7 +342,7 @@ def test_a_running_batch_can_be_cancelled_and_the_next_one_goes_on(world: World)
     until(lambda: batch(world, first)["state"] == "running")
     assert batch(world, second)["state"] == "queued"
     assert world.client.delete(f"/v1/batches/{first}").status_code == 202
-    assert ended(world, first, 20)["state"] == "cancelled"
+    assert ended(world, first)["state"] == "cancelled"
     assert ended(world, second)["state"] == "finished"
 
 
@@ -398,7 +402,7 @@ def test_a_killed_replica_costs_nobody_an_answer(world: World) -> None:
     from ray import serve
 
     classifier = serve.get_deployment_handle("Classifier", "dermaflow")
-    pid = classifier.process.remote().result(timeout_s=20)
+    pid = classifier.process.remote().result(timeout_s=120)
 
     async def run() -> Counter[int]:
         load = asyncio.create_task(_load(world, 4, 8))
@@ -409,7 +413,7 @@ def test_a_killed_replica_costs_nobody_an_answer(world: World) -> None:
     seen = asyncio.run(run())
     assert set(seen) <= {200, 503}, seen
     until(lambda: world.client.post("/v1/classify", files=form(IMAGES[0])).status_code == 200)
-    assert classifier.process.remote().result(timeout_s=20) != pid
+    assert classifier.process.remote().result(timeout_s=120) != pid
 
 
 def test_a_new_champion_takes_over_without_a_failed_request(world: World) -> None:
@@ -427,15 +431,15 @@ def test_a_new_champion_takes_over_without_a_failed_request(world: World) -> Non
     from ray import serve
 
     classifier = serve.get_deployment_handle("Classifier", "dermaflow")
-    pid = classifier.process.remote().result(timeout_s=20)
+    pid = classifier.process.remote().result(timeout_s=120)
     versions.append(version())
     seen = asyncio.run(run())
-    until(lambda: version() == world.models[1].version, 20)
+    until(lambda: version() == world.models[1].version)
     assert versions == [world.models[0].version]
     assert set(seen) == {200}, seen
-    assert classifier.process.remote().result(timeout_s=20) == pid  # reconfigured, not restarted
+    assert classifier.process.remote().result(timeout_s=120) == pid  # reconfigured, not restarted
     cli.deploy(world.options, world.models[0])
-    until(lambda: version() == world.models[0].version, 20)
+    until(lambda: version() == world.models[0].version)
 
 
 def test_a_client_that_hangs_up_leaves_nothing_behind(world: World) -> None:
@@ -446,8 +450,8 @@ def test_a_client_that_hangs_up_leaves_nothing_behind(world: World) -> None:
                 "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 9000000\r\n\r\n--b\r\n"
                 'Content-Disposition: form-data; name="archive"; filename="a.zip"\r\n\r\n')  # fmt: skip
         connection.sendall(head.encode() + b"x" * 3_000_000)
-        until(lambda: any((folders / n / "upload.partial").exists() for n in _new(folders, before)), 10)
-    until(lambda: not any(p.is_file() for n in _new(folders, before) for p in (folders / n).rglob("*")), 15)
+        until(lambda: any((folders / n / "upload.partial").exists() for n in _new(folders, before)))
+    until(lambda: not any(p.is_file() for n in _new(folders, before) for p in (folders / n).rglob("*")))
     assert world.client.post("/v1/classify", files=form(IMAGES[0])).status_code == 200
 
 
