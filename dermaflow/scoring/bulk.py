@@ -8,6 +8,7 @@ is done stands in the run's folder and not in the memory of a process. Kill any:
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import math
 import os
@@ -61,6 +62,7 @@ def score(
     patients: str | None = None,
     options: Options = Options(),
     progress: Report | None = None,
+    use_ray: bool | None = None,
 ) -> Summary:
     """Score a source into a folder; run again after a stop, it does what is missing and no more.
 
@@ -73,6 +75,7 @@ def score(
             column ``image_id``, where it has one, says which image shows which lesion.
         options: Choices.
         progress: Called when a part is done and when the state changes.
+        use_ray: Score on Ray Data; by default where Ray is installed. Without it, this process scores.
 
     Raises:
         DataError: The source is empty or cannot be read as a whole, the folder belongs to another run, or the table of
@@ -93,12 +96,14 @@ def score(
         return finished
     state = Progress(out, plan)
     _check_patients(patients)
+    with_ray = importlib.util.find_spec("ray") is not None if use_ray is None else use_ray
+    scorers = _score_parts if with_ray else _score_here
     for _ in range(ROUNDS):
         todo = []
         for part, commit in parts_of(out, plan):
             state.add(commit) if commit else todo.append(part)
         report(state.status())
-        for commit in _score_parts(out, plan, todo, options) if todo else ():
+        for commit in scorers(out, plan, todo, options) if todo else ():
             state.add(commit)
             report(state.status())
         if _merge(out, plan, state):
@@ -165,6 +170,12 @@ class _Actor:
     def __call__(self, batch: pa.Table) -> pa.Table:
         commits = [self._scorer.score(part).model_dump_json() for part in batch["part"].to_pylist()]
         return pa.table({"commit": pa.array(commits, pa.string())})
+
+
+def _score_here(out: str, plan: Plan, parts: list[int], options: Options) -> Iterator[Commit]:
+    """Score parts in this process, one after the other, with as many threads as the settings say."""
+    scorer = PartScorer(out, plan)
+    yield from map(scorer.score, parts)
 
 
 def _score_parts(out: str, plan: Plan, parts: list[int], options: Options) -> Iterator[Commit]:
