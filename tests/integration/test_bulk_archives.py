@@ -1,0 +1,163 @@
+"""Bulk scoring from archive and bucket to findings, pathways and summary, in one process; connections that drop."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+from small_archives import hostile_zip, lesion_jpegs, scoring_bundle
+from tiny_data import snapshot
+
+from dermaflow import storage
+from dermaflow.errors import DataError
+from dermaflow.scoring import files
+from dermaflow.scoring.bulk import score
+from dermaflow.scoring.plan import Options, Status, read_failures, read_status
+
+
+class Proxy:
+    """Between a client and a server on loopback; while `drop` is set, every third download is cut off.
+
+    Uploads are not: the server of these tests keeps half of one, which a real store refuses.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._target, self.drop, self.cut = port, False, 0
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        number = 0
+        while True:
+            try:
+                client, _ = self._server.accept()
+            except OSError:
+                return
+            download = client.recv(4, socket.MSG_PEEK) == b"GET "
+            number += download
+            server = socket.create_connection(("127.0.0.1", self._target))
+            limit = 300 if self.drop and download and number % 3 == 0 else None  # bytes of the answer
+            threading.Thread(target=self._pump, args=(client, server, None), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, limit), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, limit: int | None) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                if limit is not None:
+                    self.cut += 1
+                    target.sendall(data[:limit])
+                    break
+                target.sendall(data)
+        except OSError:
+            pass
+        for end in (source, target):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+
+    def close(self) -> None:
+        self._server.close()
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A bucket behind a proxy."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    proxy = Proxy(port)
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="hospital")
+    yield proxy
+    proxy.close()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(scoring_bundle(tmp_path_factory.mktemp("bundle") / "model"))
+
+
+def test_an_archive_with_patients_and_again_and_with_another_model(tmp_path: Path, model: str) -> None:
+    said = hostile_zip(tmp_path / "in.zip")
+    with zipfile.ZipFile(tmp_path / "in.zip", "a") as archive:
+        for i, data in enumerate(lesion_jpegs()):
+            archive.writestr(f"lesion{i}.jpg", data)
+    patients = tmp_path / "patients.csv"
+    patients.write_text("patient_id,lesion_id,image_id,age\nP1,L1,lesion0,71\nP1,L1,lesion1,71\nP2,L2,lesion2,33\n")
+    out = tmp_path / "out"
+    seen: list[Status] = []
+    found = score(
+        str(tmp_path / "in.zip"), str(out), model=model, patients=str(patients), progress=seen.append, use_ray=False
+    )
+    assert (found.images, found.failed) == (len(said) + 12, sum(reason is not None for reason in said.values()))
+    assert found.reasons == Counter(reason for reason in said.values() if reason)
+    assert found.ok > 5 and found.drift.psi is not None and found.images_per_second
+    states = [status.state for status in seen]
+    assert states[0] == "planning" and states[-1] == "finished" and sorted(set(states), key=states.index) == [
+        "planning", "scoring", "finishing", "finished"
+    ]  # fmt: skip
+    table = pq.read_table(out / "findings.parquet").to_pylist()
+    lesions = {row["image_id"]: row["lesion_id"] for row in table if row["lesion_id"]}
+    assert lesions == {"lesion0": "L1", "lesion1": "L1", "lesion2": "L2"}
+    reasons = {f["image_id"]: f["reason"] for f in read_failures(str(out)) if f["status"] == "failed"}
+    assert reasons["secret"].startswith("encrypted: ") and reasons["passwd"].startswith("unsafe_path: ")
+    pathways = pq.read_table(out / "pathways" / "pathways.parquet").to_pylist()
+    assert {"L1", "L2", "lesion3"} <= {row["lesion_id"] for row in pathways}
+    assert found.urgencies and sum(found.urgencies.values()) == found.lesions
+    page = (out / "summary.html").read_text()
+    assert "class mix" in page.lower() and "<script" not in page and "src=" not in page
+
+    before = snapshot(out)
+    assert score(str(tmp_path / "in.zip"), str(out), model=model, patients=str(patients), use_ray=False) == found
+    assert snapshot(out) == before, "what is done is not done again"
+    other = scoring_bundle(tmp_path / "other", "other", 1)
+    with pytest.raises(DataError, match="a run with another model"):
+        score(str(tmp_path / "in.zip"), str(out), model=str(other), patients=str(patients), use_ray=False)
+    assert snapshot(out) == before
+
+
+def test_from_a_bucket_to_a_bucket_with_connections_that_drop(
+    model: str, store: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.1, 0.1))
+    client = boto3.client("s3")
+    for i in range(40):
+        content = b"no image" if i == 7 else lesion_jpegs()[i % 12]
+        client.put_object(Bucket="hospital", Key=f"in/a/image{i:03}.jpg", Body=content)
+    storage.write_bytes("s3://hospital/p.csv", b"patient_id,lesion_id,image_id\nP1,L1,image000\n")
+    store.drop = True
+    try:
+        found = score(
+            "s3://hospital/in", "s3://hospital/out", model=model, patients="s3://hospital/p.csv",
+            options=Options(part_size=16), use_ray=False,
+        )  # fmt: skip
+    finally:
+        store.drop = False
+    assert store.cut > 0, "connections were cut"
+    assert (found.images, found.failed, found.reasons) == (40, 1, {"not_an_image": 1})
+    table = pq.read_table(pa.BufferReader(storage.read_bytes("s3://hospital/out/findings.parquet")))
+    assert sorted(table["image_id"].to_pylist()) == [f"image{i:03}" for i in range(40)]
+    assert json.loads(storage.read_bytes("s3://hospital/out/summary.json"))["images"] == 40
+    assert storage.exists("s3://hospital/out/pathways/index.html")
+    assert read_status("s3://hospital/out").state == "finished"
