@@ -34,7 +34,7 @@ class Browser:
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-port=0",
-            f"--log-net-log={self.net_log}", f"--user-data-dir={profile}",
+            f"--log-net-log={self.net_log}", f"--user-data-dir={profile}", "about:blank",
         ]  # fmt: skip
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.problems: list[str] = []
@@ -80,7 +80,9 @@ class Browser:
             self._heard(message)
 
     def open(self, url: str) -> None:
-        self.send("Page.navigate", url=url)
+        """Load an address afresh, also where only its fragment is new."""
+        for address in ("about:blank", url):
+            self.send("Page.navigate", url=address)
         self.wait_for("document.readyState === 'complete'")
 
     def evaluate(self, expression: str) -> Any:

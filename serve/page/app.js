@@ -8,6 +8,7 @@ import { bindKeys, listen, showKeys } from "./keys.js";
 import { showLesion } from "./lesion.js";
 import { showModel } from "./modelcard.js";
 import { loadModel, model } from "./store.js";
+import { modelText } from "./words.js";
 
 const main = document.getElementById("main");
 let leaving = new AbortController();
@@ -70,15 +71,9 @@ function settle(place, signal) {
 
 async function learnModel() {
   try {
-    const { name, version, sha256 } = await loadModel();
+    const told = await loadModel();
     const line = document.getElementById("model");
-    fill(
-      line,
-      "model ",
-      h("b", null, name),
-      ` ${version ?? ""} `,
-      h("span", { class: "sha", title: sha256 }, (sha256 ?? "").slice(0, 12)),
-    );
+    fill(line, "model ", h("b", { title: `sha256 ${told.sha256}` }, modelText(told)));
   } catch (error) {
     if ([401, 403].includes(error.status)) throw error; // everything else will be refused too
   }

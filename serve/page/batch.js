@@ -5,7 +5,7 @@ import { stateChip } from "./batches.js";
 import { announce, fill, h, problem } from "./dom.js";
 import { loadList } from "./store.js";
 import { worklist } from "./worklist.js";
-import { count, duration, label, percent, rate, when } from "./words.js";
+import { count, duration, label, modelText, rate, when } from "./words.js";
 
 const FORMATS = [
   ["parquet", "parquet", "Parquet"], ["csv", "csv", "CSV"], ["jsonl", "jsonl", "JSON Lines"], ["fhir", "ndjson", "FHIR"],
@@ -102,7 +102,7 @@ function drawProgress(panel, batch, rates, cancel) {
     ["not readable", count(batch.failed)],
     ["throughput", rate(batch.images_per_second)],
     ended(batch) ? ["finished", when(batch.finished)] : ["left", duration(batch.eta_seconds)],
-    ["model", batch.model ? `${batch.model.name} ${(batch.model.sha256 ?? "").slice(0, 8)}` : "–"],
+    ["model", batch.model ? modelText(batch.model) : "–"],
   ];
   const running = !ended(batch);
   const progress = running && h("div", { class: "bar-row" },
@@ -110,7 +110,7 @@ function drawProgress(panel, batch, rates, cancel) {
       "progress",
       { max: batch.total || 1, "aria-label": "Images scored", ...(batch.total ? { value: batch.done } : {}) },
     ),
-    h("b", null, batch.total ? percent(batch.done / batch.total) : "…"), sparkline(rates), cancel);
+    h("b", null, batch.total ? `${Math.floor((100 * batch.done) / batch.total)}\u00a0%` : "…"), sparkline(rates), cancel);
   const keep = document.activeElement === cancel;
   fill(panel, progress, h(
     "dl", { class: "figures" },

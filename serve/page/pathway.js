@@ -5,6 +5,8 @@ import { fact, label, OPTION_STATUS, plural, TEXT_TITLES, URGENCY_TEXT, VERIFICA
 
 const STATUS_MARK = { available: "✓", caution: "!", locked: "?", blocked: "✕" };
 
+const REASONS = 3; // for the urgency, shown at once; the rest opens on demand
+
 /** Blocked because the case is too urgent for it, not because it would harm. */
 const overtaken = (option) => option.status === "blocked" && ["referral", "reassurance"].includes(option.group);
 
@@ -19,32 +21,30 @@ export function pathwayView(pathway, changed, ask) {
   const notices = pathway.notices.filter((line) => !said.has(line.rule));
   for (const line of notices) said.add(line.rule);
   const open = pathway.options.filter((option) => option.status !== "blocked");
+  const first = open.find((option) => option.status !== "locked");
   const blocked = pathway.options.filter((option) => option.status === "blocked");
   return [
     h("div", { class: `urgency ${pathway.urgency}` },
       h("b", { class: "level" }, pathway.urgency),
-      h("div", null, h(
-        "p", null,
-        h("strong", null, URGENCY_TEXT[pathway.urgency]),
-        changed.has("urgency") && tagChanged(),
-      ),
-        reasons.length ? h("ul", { class: "plain" }, reasons.map((line) => h("li", null, line.text, " ", cite(line))))
-          : h("p", { class: "src" }, `from rules ${pathway.urgency_rules.join(", ") || "–"}`))),
+      h("div", null,
+        h("p", null, h("strong", null, URGENCY_TEXT[pathway.urgency]), changed.has("urgency") && tagChanged()),
+        first && h("p", null, "First to consider: ", h("b", null, first.title)),
+        sentences(reasons.slice(0, REASONS)),
+        reasons.length > REASONS && h("details", null,
+          h("summary", null, plural(reasons.length - REASONS, "more reason")), sentences(reasons.slice(REASONS))),
+        !reasons.length && h("p", { class: "src" }, `from rules ${pathway.urgency_rules.join(", ") || "–"}`))),
     notices.length > 0 && [h("h3", null, "Read first"), h("ul", { class: "plain notices" }, notices.map((line) =>
       h("li", null, line.text, " ", cite(line), changed.has(`notice:${line.rule}`) && tagChanged())))],
     h("h3", null, "Options, in the order to consider"),
-    open.length ? h(
-      "ol", { class: "options" },
-      open.map((option, i) => optionView(option, open[i - 1], said, changed, ask)),
-    )
-      : h("p", null, "None is offered."),
+    open.length === 0 && h("p", null, "None is offered."),
+    h("ol", { class: "options" }, open.map((option, i) => optionView(option, open[i - 1], said, changed, ask))),
     blocked.length > 0 && [
       h("h3", null, `Blocked (${blocked.length})`),
       h("ul", { class: "plain blocked-options" }, grouped(blocked).map((group) => blockedView(group, changed))),
     ],
     pathway.follow_up.length > 0 && [
       h("h3", null, "Follow-up"),
-      h("ul", { class: "plain lines" }, pathway.follow_up.map((line) => h("li", null, line.text, " ", cite(line)))),
+      sentences(pathway.follow_up),
     ],
     Object.keys(pathway.patient_texts).length > 0 && [
       h("h3", null, "Words for the shared decision", h("small", null, "a draft: edit before use")),
@@ -56,10 +56,8 @@ export function pathwayView(pathway, changed, ask) {
         )
       ),
     ],
-    h("details", { class: "trace" }, h(
-      "summary", null,
-      `Trace: ${plural(pathway.trace.length, "rule")} that held, with the facts`,
-    ),
+    h("details", { class: "trace" },
+      h("summary", null, `Trace: ${plural(pathway.trace.length, "rule")} that held, with the facts`),
       h(
         "dl", null,
         pathway.trace.map(
@@ -87,6 +85,8 @@ function why(pathway) {
   ];
   return pathway.urgency_rules.map((rule) => lines.find((line) => line.rule === rule)).filter(Boolean);
 }
+
+const sentences = (lines) => h("ul", { class: "plain lines" }, lines.map((line) => h("li", null, line.text, " ", cite(line))));
 
 function cite(line) {
   return h(

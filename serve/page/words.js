@@ -59,6 +59,11 @@ export function plural(n, one, many = `${one}s`) {
   return `${count(n)}\u00a0${n === 1 ? one : many}`;
 }
 
+/** A model by its version, which may hold its name already. */
+export function modelText({ name, version }) {
+  return version?.startsWith(name) ? version : `${name} ${version ?? ""}`;
+}
+
 /** Seconds as people say them. */
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";

@@ -75,6 +75,10 @@ export function worklist(id, list, { running }) {
     u: { does: "back to all batches", run: () => { location.hash = "#/"; } },
   });
   draw();
+  if (!rows.length) {
+    const text = running ? "The work list appears when the first images are scored." : "No lesion.";
+    return [h("h2", { id: "worklist-title" }, "Work list"), h("p", { class: "empty" }, text)];
+  }
   return [
     h(
       "div", { class: "worklist-head" },
@@ -93,7 +97,6 @@ export function worklist(id, list, { running }) {
         ),
       ),
       body),
-    rows.length === 0 && h("p", { class: "empty" }, "No lesion."),
     h("p", { class: "actions" }, more),
     h(
       "p", { class: "src" },
