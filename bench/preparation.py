@@ -2,7 +2,7 @@
 
     python bench/preparation.py [--images 10000] [--rounds 5] [--memory]
 
-Every contestant reads the same files, makes uint8 pixels of 144x192 and writes them as .npy blocks of 500 images, on
+Every contestant reads the same files, makes uint8 pixels of 144x192 and writes them as .npy blocks of 1,000 images, on
 the same cores. The pool and the DataLoader appear twice: as a user would write them (decode at full size with Pillow or
 torchvision, then resize), and with DermaFlow's own decoder, which lets libjpeg decode at a reduced size.
 The physical limit printed is one core's pure decode-and-resize time, divided by the cores.
@@ -21,6 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one image a core at a time is the fastest; threads inside an image only cost
@@ -35,10 +38,10 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
 
 from dermaflow.datasets.synthetic import generate
-from dermaflow.preparation.cluster import connect, map_tables
+from dermaflow.preparation.cluster import map_tables
 from dermaflow.preparation.transforms import pixels
 
-HEIGHT, WIDTH, BLOCK = 144, 192, 500
+HEIGHT, WIDTH, BLOCK = 144, 192, 1000
 torch.set_num_threads(1)
 
 
@@ -90,13 +93,14 @@ def ray_data(paths: list[str], out: Path) -> None:
 
 
 def pool(paths: list[str], out: Path, how: str, workers: int) -> None:
-    with multiprocessing.get_context("spawn").Pool(workers) as processes:
+    with multiprocessing.get_context("fork").Pool(workers) as processes:
         jobs = [(part, target, how) for part, target in blocks(paths, out)]
         assert sum(processes.imap_unordered(write_block, jobs)) == len(paths)
 
 
 def loader(paths: list[str], out: Path, how: str, workers: int) -> None:
-    for number, batch in enumerate(DataLoader(Files(paths, how), batch_size=BLOCK, num_workers=workers)):
+    images = DataLoader(Files(paths, how), batch_size=BLOCK, num_workers=workers, multiprocessing_context="fork")
+    for number, batch in enumerate(images):
         np.save(out / f"{number:06d}.npy", batch.numpy())
 
 
@@ -112,37 +116,48 @@ def make_images(folder: Path, count: int) -> list[str]:
     return sorted(str(path) for path in many.iterdir())
 
 
+def contestant(orders: Connection, job: Callable[..., None], args: tuple[object, ...]) -> None:
+    """A process that waits for (paths, out), does the job and answers with its seconds; what it starts stays up."""
+    while (order := orders.recv()) is not None:
+        orders.send(seconds(lambda: job(*order, *args)))
+
+
 def speed(images: int, rounds: int) -> None:
     workers = os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as name:
+    ways = {
+        "Ray Data, DermaFlow's decoder": (ray_data,),
+        "pool, Pillow": (pool, "with_pillow", workers),
+        "pool, DermaFlow's decoder": (pool, "own", workers),
+        "DataLoader, torchvision": (loader, "with_torchvision", workers),
+        "DataLoader, DermaFlow's decoder": (loader, "own", workers),
+    }
+    context = multiprocessing.get_context("spawn")  # a process each: a DataLoader forks, and Ray's driver is not to be
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         paths = make_images(folder, images)
         out = folder / "out"
+        out.mkdir()
 
-        def timed(job, *args: object):
+        def started(job: Callable[..., None], *args: object) -> Callable[[], float]:
+            here, there = context.Pipe()
+            context.Process(target=contestant, args=(there, job, args)).start()
+            stack.callback(here.send, None)
+            here.send((paths[: 2 * workers * BLOCK], out))  # a Ray that is up, as on a cluster; once it costs seconds
+            here.recv()
+
             def run() -> float:
-                shutil.rmtree(out, ignore_errors=True)
+                shutil.rmtree(out)
                 out.mkdir()
-                return seconds(lambda: job(paths, out, *args))
+                here.send((paths, out))
+                return here.recv()
 
             return run
 
-        connect(workers)
-        ray_data(paths[:BLOCK], folder)  # a Ray that is up, as on a cluster; starting it costs about 4 s once
         alone = seconds(lambda: [own(path) for path in paths[:500]]) / 500
         print(f"{machine()}\n{images} JPEGs of 600x450 to {HEIGHT}x{WIDTH}, {workers} workers")
         limit = alone * images / workers
-        print(f"limit: {alone * 1e3:.2f} ms an image and core for decode and resize, {limit:.2f} s in all")
-        compare(
-            {
-                "Ray Data, DermaFlow's decoder": timed(ray_data),
-                "pool, Pillow": timed(pool, "with_pillow", workers),
-                "pool, DermaFlow's decoder": timed(pool, "own", workers),
-                "DataLoader, torchvision": timed(loader, "with_torchvision", workers),
-                "DataLoader, DermaFlow's decoder": timed(loader, "own", workers),
-            },
-            rounds, "way", images,
-        )  # fmt: skip
+        print(f"limit: {alone * 1e3:.2f} ms an image and core for decode and resize, {limit:.2f} s in all", flush=True)
+        compare({name: started(*way) for name, way in ways.items()}, rounds, "way", images)
 
 
 def memory() -> None:

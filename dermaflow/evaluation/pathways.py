@@ -40,10 +40,7 @@ def urgencies(
         age = None if pd.isna(row["age"]) else float(row["age"])
         patients.append(Patient(patient_id=finding.lesion_id, age=age, sex=_known(row["sex"], Sex)))
         lesions.append(Lesion(lesion_id=finding.lesion_id, site=_known(row["localization"], BodySite)))
-    thresholds = Thresholds(
-        mel=calibration.mel_threshold, malignant=calibration.malignant_threshold, entropy=calibration.entropy_threshold
-    )
-    decided = recommend(patients, lesions, merged, load_knowledge(), thresholds)
+    decided = recommend(patients, lesions, merged, load_knowledge(), Thresholds.of(calibration))
     counts: dict[str, Counter[str]] = {code: Counter() for code in CODES}
     for finding, urgency in zip(merged, decided.urgency, strict=True):
         counts[known[finding.lesion_id]["dx"]][str(urgency)] += 1

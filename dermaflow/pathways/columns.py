@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dermaflow.pathways.facts import DX_OF_HISTOLOGY, FACTS, ZONES, Fact
+from dermaflow.schemas.bundle import Calibration
 from dermaflow.schemas.finding import LesionFinding
 from dermaflow.schemas.patient import Lesion, Patient
 from dermaflow.taxonomy import CODES, INDEX, MALIGNANT
@@ -85,6 +86,15 @@ class Thresholds:
     entropy: float
     mel_review: float = 0.03
     set_size: float = 4
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> Thresholds:
+        """Those of a model."""
+        return cls(
+            mel=calibration.mel_threshold,
+            malignant=calibration.malignant_threshold,
+            entropy=calibration.entropy_threshold,
+        )
 
 
 @dataclass

@@ -119,4 +119,4 @@ def thresholds_of(model: str | Path, findings_sha256: str) -> Thresholds:
     fitted = bundle.calibration
     if fitted is None:
         raise BundleError("no calibration", where=model, todo="calibrate it: dermaflow calibrate")
-    return Thresholds(mel=fitted.mel_threshold, malignant=fitted.malignant_threshold, entropy=fitted.entropy_threshold)
+    return Thresholds.of(fitted)

@@ -13,11 +13,12 @@ from dermaflow.bundles.bundle import LoadedBundle
 from dermaflow.datasets.images import ImageProblem, decode
 from dermaflow.datasets.quality import FLAG_TEXT, HEIGHT, WIDTH, Flag, quality_flags
 from dermaflow.errors import BundleError, DataError
-from dermaflow.learning.inference import network_of, predict
+from dermaflow.learning.inference import network_of
 from dermaflow.learning.optimisation import pick_device
 from dermaflow.preparation.transforms import pixels
 from dermaflow.schemas.bundle import Calibration
 from dermaflow.schemas.finding import Finding
+from dermaflow.scoring.runtime import make_runtime
 from dermaflow.settings import settings
 from dermaflow.taxonomy import CODES, MALIGNANT
 from dermaflow.trust.conformal import conformal_sets
@@ -66,7 +67,9 @@ class Predictor:
             raise BundleError("no calibration", where=loaded.bundle.name, todo="run dermaflow calibrate")
         self.loaded = loaded
         self.calibration: Calibration = loaded.bundle.calibration
-        self.network = network_of(loaded).to(device or pick_device())
+        device = device or pick_device()
+        self.network = network_of(loaded).to(device)
+        self.run = make_runtime(self.network, loaded.bundle.input, device)
         self._priors = None if priors is None else check_priors(priors, "site priors").tolist()
 
     def predict(
@@ -100,7 +103,7 @@ class Predictor:
         p, ood = np.full((len(read), len(CODES)), np.nan), np.full(len(read), np.nan, np.float32)
         if good.any():
             batch = np.stack([found[0] for found in read if not isinstance(found, ImageProblem)])
-            logits, features = predict(self.network, batch, spec)
+            logits, features = self.run(batch)
             p[good] = calibrated_probabilities(logits, self.calibration)
             if self.calibration.ood is not None and self.loaded.reference is not None:
                 ood[good] = ood_score(features, self.loaded.reference)
