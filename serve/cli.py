@@ -67,7 +67,9 @@ def main(
     if context.invoked_subcommand is None:
         oidc = None
         if oidc_jwks:
-            oidc = Oidc(jwks=oidc_jwks, issuer=oidc_issuer or "", audience=oidc_audience or "")
+            if not oidc_issuer or not oidc_audience:
+                raise typer.BadParameter("--oidc-jwks needs --oidc-issuer and --oidc-audience")
+            oidc = Oidc(jwks=oidc_jwks, issuer=oidc_issuer, audience=oidc_audience)
         options = Options(
             model=model, state=state, keys=keys, database=database, sources=tuple(source or ()), replicas=replicas,
             gpus=gpus, batch=batch, jobs=jobs, rate=rate, oidc=oidc, open=keys is None and oidc is None,

@@ -38,7 +38,7 @@ SECURITY = {
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
 ALWAYS = ("/healthz", "/readyz", "/metrics")  # answered however much waits
-UNTIMED = ("/v1/batches",)  # uploads have a limit of their own, and events go on as long as the batch
+UPLOAD = "/v1/batches"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -90,9 +90,10 @@ class Guard:
             await answer.refuse(Refused(500, "internal", "something went wrong here", todo="report the request id"))
 
     def _seconds(self, scope: Scope) -> float | None:
-        if scope["path"].startswith(UNTIMED) and (scope["method"] == "POST" or scope["path"].endswith("/events")):
-            return None
-        return self.service.options.limits.timeout
+        limits = self.service.options.limits
+        if scope["path"].endswith("/events"):
+            return None  # goes on as long as the batch
+        return limits.upload_time if scope["path"] == UPLOAD and scope["method"] == "POST" else limits.timeout
 
     def _place(self, path: str) -> _Place:
         return _Place(self, path not in ALWAYS and not path.endswith("/events"))

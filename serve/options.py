@@ -37,15 +37,16 @@ class Limits(_Strict):
     in_flight: int = Field(128, ge=1, description="requests that are worked on at once, by one ingress")
     streams: int = Field(64, ge=1, description="clients that watch a batch at once, by one ingress")
     timeout: float = Field(60, gt=0, description="seconds for a request; uploads and event streams excepted")
+    upload_time: float = Field(4 * 3600, gt=0, description="seconds for an upload")
     idle: float = Field(30, gt=0, description="seconds without a byte after which an upload is given up")
 
 
 class Oidc(_Strict):
     """Tokens of an identity provider, beside or instead of keys."""
 
-    jwks: str = Field(description="file or https address of the provider's public keys (JWKS)")
-    issuer: str
-    audience: str
+    jwks: str = Field(pattern=r"^(https://.+|[^:]+)$", description="file or https address of its public keys (JWKS)")
+    issuer: str = Field(min_length=1)
+    audience: str = Field(min_length=1)
     scope_claim: str = "scope"  # text with blanks between, or a list
 
 
@@ -85,11 +86,6 @@ class Options(_Strict):
     @property
     def database_url(self) -> str:
         return self.database or f"sqlite:///{self.state / 'jobs.sqlite'}"
-
-    @property
-    def guarded(self) -> bool:
-        """Whether a caller has to say who it is."""
-        return not self.open
 
 
 def checked(options: Options) -> Options:

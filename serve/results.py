@@ -24,7 +24,6 @@ from dermaflow.datasets.images import decode
 from dermaflow.errors import DermaflowError
 from dermaflow.pathways.outputs.folder import CASES, FHIR, PATHWAYS, TABLE, read_folder
 from dermaflow.pathways.outputs.reading import most_urgent_first
-from dermaflow.pathways.signoff import read_log
 from dermaflow.schemas.finding import Finding, LesionFinding, findings_of
 from dermaflow.schemas.pathway import Pathway
 from dermaflow.schemas.patient import Lesion, Patient
@@ -202,12 +201,6 @@ def patient_pathways(out: str, patient_id: str) -> list[Pathway]:
     if not pc.any(pc.equal(pq.read_table(table, columns=["patient_id"])["patient_id"], patient_id)).as_py():
         return []
     return [p for p in read_folder(pathways_folder(out))[0] if p.patient_id == patient_id]
-
-
-def last_entry(out: str) -> tuple[int, str]:
-    """Number and hash of the last entry of the log of sign-offs."""
-    entry = read_log(pathways_folder(out))[-1]
-    return entry.sequence, entry.sha256
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
