@@ -236,14 +236,17 @@ def test_an_answer_changes_the_pathway_at_once_and_says_how(browser: Browser, se
     lesion(browser, service, batch, SQL)
     browser.evaluate("[...document.querySelectorAll('.all-fields')].forEach(e => { e.open = true })")
     browser.wait_for("document.querySelectorAll('.all-fields .question').length > 60")
-    label = "[...document.querySelectorAll('.all-fields legend')].find(e => e.textContent.startsWith('red flag'))"
-    browser.evaluate(f"{label}.parentElement.querySelector('input').id = 'asked'")
-    browser.click("#asked + label")
-    browser.wait_for("document.querySelector('.changes').textContent.includes('Changed')")
+    browser.evaluate(
+        "(() => { const labels = [...document.querySelectorAll('.all-fields label')];"
+        "const label = labels.find(e => e.textContent.startsWith('histology') && e.control.tagName === 'SELECT');"
+        "label.control.value = 'mel'; label.control.dispatchEvent(new Event('change')) })()"
+    )
+    browser.wait_for("document.querySelector('.changes').textContent.includes('Changed by histology: mel')")
+    assert "New: Wide excision by stage" in browser.evaluate("document.querySelector('.changes').textContent")
     assert urgency(browser) == "U1"
-    assert "→ U1" in browser.evaluate("document.querySelector('.changes').textContent")
+    assert "follows histology" in browser.evaluate("document.querySelector('.look').textContent")
     kept = httpx.get(f"{service}/v1/batches/{batch}/lesions/{quote(SQL, safe='')}", trust_env=False).json()
-    assert (kept["lesion"]["red_flag"], kept["pathway"]["urgency"]) == ("yes", "U1")
+    assert (kept["lesion"]["histology"], kept["pathway"]["basis"]) == ("mel", "histology")
 
 
 def test_an_impossible_answer_is_refused_beside_its_field(browser: Browser, service: str, batch: str) -> None:
