@@ -21,8 +21,9 @@ $(READY): pyproject.toml deploy/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e '.[all,dev]'
 	touch $@
 
-demo: $(READY) ## Run the main job on synthetic images and write a report
+demo: $(READY) ## Run the main job on synthetic images, write a report, score a batch through the endpoint
 	$(BIN)/dermaflow demo
+	$(BIN)/dermaflow serve demo
 
 lint: $(READY) ## Style, walls between the packages, types
 	$(BIN)/ruff check .
@@ -40,9 +41,11 @@ bench: $(READY) ## Measure again what docs/results.md says of speed
 	$(BIN)/python bench/preparation.py
 	$(BIN)/python bench/training.py
 	$(BIN)/python bench/pathways.py
+	$(BIN)/python bench/scoring.py
+	$(BIN)/python bench/serving.py
 
-serve: ## Not built yet
-	@echo "serving is not built yet: a trained bundle can be evaluated, registered and promoted, not served"; exit 1
+serve: demo ## Serve the demo's model and show the page; Ctrl-C ends it
+	$(BIN)/dermaflow serve --model demo-run/model --state demo-run/serve
 
 clean: ## Remove what the demo and the installation wrote
 	rm -rf $(VENV) demo-run

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one image a core at a time is the fastest; threads inside an image only cost
@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from rounds import compare, machine, seconds
+from rounds import compare, in_process, machine, seconds
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
@@ -45,17 +45,17 @@ HEIGHT, WIDTH, BLOCK = 144, 192, 1000
 torch.set_num_threads(1)
 
 
-def own(path: str) -> np.ndarray:
-    return pixels(Path(path).read_bytes(), HEIGHT, WIDTH)
+def own(path: str, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    return pixels(Path(path).read_bytes(), height, width)
 
 
-def with_pillow(path: str) -> np.ndarray:
+def with_pillow(path: str, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
-        return np.asarray(image.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
+        return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR))
 
 
-def with_torchvision(path: str) -> np.ndarray:
-    image = resize(decode_image(path, mode=ImageReadMode.RGB), [HEIGHT, WIDTH], antialias=True)
+def with_torchvision(path: str, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    image = resize(decode_image(path, mode=ImageReadMode.RGB), [height, width], antialias=True)
     return image.permute(1, 2, 0).numpy()
 
 
@@ -67,8 +67,8 @@ def write_block(job: tuple[list[str], str, str]) -> int:
 
 
 class Files(Dataset):
-    def __init__(self, paths: list[str], how: str) -> None:
-        self.paths, self.read = paths, globals()[how]
+    def __init__(self, paths: list[str], how: str, height: int = HEIGHT, width: int = WIDTH) -> None:
+        self.paths, self.read = paths, partial(globals()[how], height=height, width=width)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -116,40 +116,29 @@ def make_images(folder: Path, count: int) -> list[str]:
     return sorted(str(path) for path in many.iterdir())
 
 
-def contestant(orders: Connection, job: Callable[..., None], args: tuple[object, ...]) -> None:
-    """A process that waits for (paths, out), does the job and answers with its seconds; what it starts stays up."""
-    while (order := orders.recv()) is not None:
-        orders.send(seconds(lambda: job(*order, *args)))
-
-
 def speed(images: int, rounds: int) -> None:
     workers = os.cpu_count() or 1
     ways = {
-        "Ray Data, DermaFlow's decoder": (ray_data,),
-        "pool, Pillow": (pool, "with_pillow", workers),
-        "pool, DermaFlow's decoder": (pool, "own", workers),
-        "DataLoader, torchvision": (loader, "with_torchvision", workers),
-        "DataLoader, DermaFlow's decoder": (loader, "own", workers),
+        "Ray Data, DermaFlow's decoder": ray_data,
+        "pool, Pillow": partial(pool, how="with_pillow", workers=workers),
+        "pool, DermaFlow's decoder": partial(pool, how="own", workers=workers),
+        "DataLoader, torchvision": partial(loader, how="with_torchvision", workers=workers),
+        "DataLoader, DermaFlow's decoder": partial(loader, how="own", workers=workers),
     }
-    context = multiprocessing.get_context("spawn")  # a process each: a DataLoader forks, and Ray's driver is not to be
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         paths = make_images(folder, images)
         out = folder / "out"
         out.mkdir()
 
-        def started(job: Callable[..., None], *args: object) -> Callable[[], float]:
-            here, there = context.Pipe()
-            context.Process(target=contestant, args=(there, job, args)).start()
-            stack.callback(here.send, None)
-            here.send((paths[: 2 * workers * BLOCK], out))  # a Ray that is up, as on a cluster; once it costs seconds
-            here.recv()
+        def prepared(way: Callable[..., None]) -> Callable[[], float]:
+            job = in_process(stack, way)
 
             def run() -> float:
+                job(paths[: 2 * workers * BLOCK], out)  # not counted: starts Ray, and brings back idle memory
                 shutil.rmtree(out)
                 out.mkdir()
-                here.send((paths, out))
-                return here.recv()
+                return job(paths, out)
 
             return run
 
@@ -157,7 +146,7 @@ def speed(images: int, rounds: int) -> None:
         print(f"{machine()}\n{images} JPEGs of 600x450 to {HEIGHT}x{WIDTH}, {workers} workers")
         limit = alone * images / workers
         print(f"limit: {alone * 1e3:.2f} ms an image and core for decode and resize, {limit:.2f} s in all", flush=True)
-        compare({name: started(*way) for name, way in ways.items()}, rounds, "way", images)
+        compare({name: prepared(way) for name, way in ways.items()}, rounds, "way", images)
 
 
 def memory() -> None:

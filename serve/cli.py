@@ -201,6 +201,15 @@ def stop() -> None:
     disconnect()
 
 
+@app.command("demo")
+@command
+def demo(run: Annotated[Path, typer.Option(help="Folder that `dermaflow demo` wrote.")] = Path("demo-run")) -> None:
+    """Post an archive of the demo's test images with their patients, and show the work list that comes back."""
+    from serve.demo import score_through_endpoint
+
+    score_through_endpoint(run)
+
+
 @keys_app.command("add")
 @command
 def keys_add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,8 @@ app.command()(trust_commands.explain)
 app.command()(score_commands.score)
 app.command()(recommend_commands.recommend)
 app.command()(recommend_commands.sign)
+for _entry in entry_points(group="dermaflow.commands"):  # of packages that the library does not know, as `serve`
+    app.add_typer(_entry.load(), name=_entry.name)
 
 Shards = Annotated[str, typer.Option(help="Folder that `dermaflow prepare` wrote, local or s3://.")]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from dermaflow.cli import app
+from dermaflow.cli.main import app
 from dermaflow.learning.recipe import load_recipe
 
 TINY = """

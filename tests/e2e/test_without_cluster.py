@@ -16,7 +16,7 @@ SCRIPT = """
 import sys
 for absent in ("ray", "prefect", "flwr"):
     sys.modules[absent] = None  # any import of it fails, as where it is not installed
-from dermaflow.cli import app
+from dermaflow.cli.main import app
 app({words})
 """
 

@@ -16,7 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from dermaflow.bundles.bundle import LoadedBundle, load_bundle
-from dermaflow.cli import app
+from dermaflow.cli.main import app
 from dermaflow.datasets.synthetic.generate import generate
 from dermaflow.errors import BundleError, DataError
 from dermaflow.learning.backbones import BackboneConfig, Network, build
