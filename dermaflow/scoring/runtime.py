@@ -1,10 +1,10 @@
 """The network as it runs over many images: compiled by OpenVINO on a CPU where that is installed, PyTorch elsewhere.
 
 Measured on one busy core of an AMD EPYC without bfloat16, CPU time an image in batches of 16, median of 5, as eager
-PyTorch in channels_last, OpenVINO 2026.4 and ONNX Runtime 1.32: MobileNetV2 at 224x224 42.5, 16.2 and 13.3 ms; ResNet-18
-97.1, 59.3 and 52.4 ms; MobileNetV2 at 144x192 26.7, 9.5 and 8.1 ms. ONNX Runtime is a seventh faster still, but needs an
-export of 10 s and more at every start, or a second copy of the weights in a second format; OpenVINO compiles the network
-that the bundle holds, in a second or two.
+PyTorch in channels_last, OpenVINO 2026.4 and ONNX Runtime 1.32: MobileNetV2 at 224x224 42.5, 16.2 and 13.3 ms;
+ResNet-18 97.1, 59.3 and 52.4 ms; MobileNetV2 at 144x192 26.7, 9.5 and 8.1 ms. ONNX Runtime is a seventh faster still,
+but needs an export of 10 s and more at every start, or a second copy of the weights in a second format; OpenVINO
+compiles the network that the bundle holds, in a second or two.
 """
 
 from __future__ import annotations
