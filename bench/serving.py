@@ -122,9 +122,8 @@ def main(rounds: int, seconds: float, clients: list[int], networks: list[str]) -
             for (way, count), values in found.items():
                 rate, p50, p95, p99 = (statistics.median(column) for column in zip(*values, strict=True))
                 ratio = rate / statistics.median(value[0] for value in found["FastAPI + uvicorn", count])
-                print(
-                    f"| {way} | {count} | {rate:.1f} | {p50 * 1e3:.0f} | {p95 * 1e3:.0f} | {p99 * 1e3:.0f} | {ratio:.2f} |"
-                )
+                times = " | ".join(f"{value * 1e3:.0f}" for value in (p50, p95, p99))
+                print(f"| {way} | {count} | {rate:.1f} | {times} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":
