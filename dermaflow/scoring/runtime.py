@@ -48,6 +48,9 @@ def make_runtime(network: Network, spec: InputSpec, device: torch.device) -> Run
 class _OneView(nn.Module):
     """Normalisation, features and head in one graph, from pixels as they are decoded."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, network: Network, spec: InputSpec) -> None:
         super().__init__()
         self.network = network
