@@ -34,7 +34,11 @@ async function show() {
   bindKeys({});
   const place = h("div", { class: "view" });
   try {
-    if (!model()) await learnModel();
+    // the names of the diagnoses come with the model; only the dashboard makes sense without, and there it may be new
+    const home = view === showBatches;
+    if (!model() || home) {
+      await learnModel().catch((error) => { if (!home || [401, 403].includes(error.status)) throw error; });
+    }
     await view(place, { signal, shown: () => settle(place, signal) }, ...found.slice(1).map(decodeURIComponent));
     settle(place, signal);
   } catch (error) {
@@ -70,13 +74,9 @@ function settle(place, signal) {
 }
 
 async function learnModel() {
-  try {
-    const told = await loadModel();
-    const line = document.getElementById("model");
-    fill(line, "model ", h("b", { title: `sha256 ${told.sha256}` }, modelText(told)));
-  } catch (error) {
-    if ([401, 403].includes(error.status)) throw error; // everything else will be refused too
-  }
+  const told = await loadModel();
+  const line = document.getElementById("model");
+  fill(line, "model ", h("b", { title: `sha256 ${told.sha256}` }, modelText(told)));
 }
 
 // the key

@@ -30,7 +30,10 @@ from dermaflow.learning.inference import predict
 from dermaflow.schemas.bundle import OodSpec, Reference
 
 pytest.importorskip("ray.serve")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: install it to see the page rendered")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: install it to see the page rendered"),
+    pytest.mark.timeout(600),  # the first test starts Ray, Serve and Chromium, on whatever is left of a busy machine
+]
 
 HTML, SQL = "<img src=x onerror=alert(1)>", "x'; DROP TABLE jobs; --"
 PATIENT = '<b>Bobby</b> & "Tables"'
@@ -81,7 +84,7 @@ def service(root: Path) -> Iterator[str]:
         process = subprocess.Popen([*command, "--state", str(root / "state")], stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 150
+        end = time.monotonic() + 240
         while not _ready(address):
             if process.poll() is not None or time.monotonic() > end:
                 pytest.fail("the service did not start: " + (root / "serve.log").read_text(errors="replace")[-3000:])
