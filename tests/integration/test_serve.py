@@ -347,7 +347,7 @@ def test_a_running_batch_can_be_cancelled_and_the_next_one_goes_on(world: World)
 
 
 def test_a_restart_of_serve_and_a_killed_runner_lose_and_repeat_nothing(world: World) -> None:
-    id = submit(world, a_zip(600))
+    id = submit(world, a_zip(300))
     until(lambda: batch(world, id)["done"] > 0)
     from ray import serve
 
@@ -360,7 +360,7 @@ def test_a_restart_of_serve_and_a_killed_runner_lose_and_repeat_nothing(world: W
     found = ended(world, id)
     assert found["state"] == "finished", found
     ids = rows(world, id)["image_id"].to_pylist()
-    assert (len(ids), len(set(ids))) == (600, 600)
+    assert (len(ids), len(set(ids))) == (300, 300)
 
 
 def _alive(world: World) -> bool:
@@ -444,6 +444,7 @@ def test_a_new_champion_takes_over_without_a_failed_request(world: World) -> Non
 
 def test_a_client_that_hangs_up_leaves_nothing_behind(world: World) -> None:
     folders = world.options.state / "batches"
+    folders.mkdir(exist_ok=True)
     before = {path.name for path in folders.iterdir()}
     with socket.create_connection(("127.0.0.1", world.port)) as connection:
         head = (f"POST /v1/batches HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {world.key}\r\n"
