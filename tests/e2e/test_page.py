@@ -129,7 +129,7 @@ def batch(root: Path, service: str, browser: Browser) -> str:
     browser.wait_for("document.querySelectorAll('.chosen li').length === 2")
     browser.click(".intake button.primary")
     browser.wait_for("location.hash.startsWith('#/batch/')")
-    browser.wait_for("document.querySelector('.state.finished') && document.querySelector('.worklist tbody tr')", 90)
+    browser.wait_for("document.querySelector('.state.finished') && document.querySelector('.worklist tbody tr')", 400)
     return browser.evaluate("location.hash").split("/")[-1]
 
 
