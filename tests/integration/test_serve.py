@@ -34,7 +34,7 @@ from serve.models import Chosen, choose  # noqa: E402
 from serve.options import Limits, Options  # noqa: E402
 from serve.runner import NAMESPACE, dispatcher_name, runner_name  # noqa: E402
 
-pytestmark = pytest.mark.timeout(600)  # minutes where several things share the core; seconds by itself
+pytestmark = pytest.mark.timeout(1500)  # minutes where several things share the core; seconds by itself
 
 IMAGES = [a_jpeg(seed) for seed in range(6)]
 
@@ -348,7 +348,7 @@ def test_a_running_batch_can_be_cancelled_and_the_next_one_goes_on(world: World)
 
 def test_a_restart_of_serve_and_a_killed_runner_lose_and_repeat_nothing(world: World) -> None:
     id = submit(world, a_zip(300))
-    until(lambda: batch(world, id)["done"] > 0)
+    until(lambda: batch(world, id)["done"] > 0, 500)
     from ray import serve
 
     serve.shutdown()
