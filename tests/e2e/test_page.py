@@ -356,7 +356,8 @@ STRUCTURE = """(() => {
     nav: all('nav:not([aria-label])').length, cells: all('th:not([scope])').length,
     twice: ids.filter((id, i) => ids.indexOf(id) !== i),
     groups: all('fieldset').filter(e => !e.querySelector('legend')?.textContent.trim()).length,
-    wide: document.documentElement.scrollWidth - innerWidth,
+    wide: document.documentElement.scrollWidth <= innerWidth ? [] : all('body *')
+      .filter(e => e.getBoundingClientRect().right > innerWidth).map(e => `${e.tagName} ${e.className} ${e.id}`),
     headings: all('h1, h2, h3').map(e => Number(e.tagName[1])),
   };
 })()"""
@@ -386,7 +387,7 @@ def test_every_view_is_sound_for_readers_and_fits(
                 "twice": [],
                 "cells": 0,
                 "groups": 0,
-                "wide": 0,
+                "wide": [],
             }, view
             text = browser.text()
             assert "not a medical device" in text
