@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import socket
 import time
 import zipfile
@@ -40,6 +41,7 @@ def score_through_endpoint(run: Path) -> None:
     table = chosen_patients.merge(pd.DataFrame(lesions.items(), columns=["image_id", "lesion_id"]), on="lesion_id")
     options = Options(model=str(model), state=run / "serve", open=True)
     port = _free_port()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every look at the progress
     try:
         start(checked(options), choose(options.model), "127.0.0.1", port)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
