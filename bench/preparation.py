@@ -135,7 +135,7 @@ def speed(images: int, rounds: int) -> None:
             job = in_process(stack, way)
 
             def run() -> float:
-                job(paths[: 2 * workers * BLOCK], out)  # not counted: starts Ray, and brings back idle memory
+                job(paths[: workers * BLOCK], out)  # not counted: starts Ray, and brings back idle memory
                 shutil.rmtree(out)
                 out.mkdir()
                 return job(paths, out)
