@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ pytest.importorskip("prefect")
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.logging.handlers import APILogHandler
+from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import (
     PREFECT_API_URL,
     PREFECT_HOME,
@@ -28,7 +32,17 @@ from flows.score import score
 pytestmark = pytest.mark.timeout(600)  # a first start of Prefect's database takes a busy machine minutes
 
 
-@pytest.mark.slow  # passes alone; run before test_flows in one process, the first test there fails
+@contextmanager
+def stopping_server() -> Iterator[None]:
+    """Stop the temporary server at the end: one is shared by the process, and the next test has a home of its own."""
+    try:
+        yield
+    finally:
+        APILogHandler().flush()
+        SubprocessASGIServer().stop()
+
+
+@pytest.mark.slow  # before it stopped its server, test_flows met it; not run again in one process since
 def test_score_makes_findings_and_artifacts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DERMAFLOW_THREADS", "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -45,7 +59,7 @@ def test_score_makes_findings_and_artifacts_once(tmp_path: Path, monkeypatch: py
         PREFECT_SERVER_ANALYTICS_ENABLED: False,
         PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 200,
     }
-    with temporary_settings(ephemeral, restore_defaults={PREFECT_API_URL}):
+    with temporary_settings(ephemeral, restore_defaults={PREFECT_API_URL}), stopping_server():
         first = score(str(source), str(out), model=str(model))
         before = snapshot(out)
         assert score(str(source), str(out), model=str(model)) == first and snapshot(out) == before
