@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 from websockets.sync.client import connect
@@ -20,24 +21,26 @@ _KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "A
 
 
 class Browser:
-    """One tab, with profile, ``downloads`` and the log of the network (``net.json``) in a folder.
+    """One tab, with profile and ``downloads`` in a folder.
 
     Attributes:
         problems: Errors of scripts, refusals of the content policy and failed requests, as they came.
+        asked: Hosts that pages sent requests to; what the browser itself asks for is not among them.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.net_log, self.downloads = folder / "net.json", folder / "downloads"
+        self.downloads = folder / "downloads"
         self.downloads.mkdir(parents=True, exist_ok=True)
         profile = folder / "profile"
         command = [
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-port=0",
-            f"--log-net-log={self.net_log}", f"--user-data-dir={profile}", "about:blank",
+            f"--user-data-dir={profile}", "about:blank",
         ]  # fmt: skip
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.problems: list[str] = []
+        self.asked: set[str] = set()
         self._count = 0
         try:
             port = self._port(profile / "DevToolsActivePort")
@@ -48,7 +51,7 @@ class Browser:
         except BaseException:
             self._process.kill()
             raise
-        for domain in ("Page", "Runtime", "Log", "DOM"):
+        for domain in ("Page", "Runtime", "Log", "DOM", "Network"):
             self.send(f"{domain}.enable")
         self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
 
@@ -59,7 +62,7 @@ class Browser:
         self.close()
 
     def close(self) -> None:
-        """End the browser in order, so that its log of the network is whole."""
+        """End the browser in order."""
         try:
             self.send("Browser.close")
             self._process.wait(20)
@@ -144,6 +147,8 @@ class Browser:
 
     def _heard(self, message: dict[str, Any]) -> None:
         about = message.get("params", {})
+        if message["method"] == "Network.requestWillBeSent" and (host := urlsplit(about["request"]["url"]).hostname):
+            self.asked.add(host)
         if message["method"] == "Runtime.exceptionThrown":
             details = about["exceptionDetails"]
             self.problems.append(details.get("exception", {}).get("description", details["text"]))

@@ -166,27 +166,26 @@ def test_from_a_bucket_to_a_bucket_with_connections_that_drop(
     assert read_status("s3://hospital/out").state == "finished"
 
 
-@pytest.mark.slow  # failed once beside other work, not understood yet; the same with Ray is in test_bulk_scoring
 def test_a_process_that_is_killed_and_run_again(model: str, tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
-    for i in range(120):
+    for i in range(300):
         (source / f"image{i:03}.jpg").write_bytes(b"no image" if i == 70 else lesion_jpegs()[i % 12])
     code = (
         "from dermaflow.scoring.bulk import Options, score\n"
         f"score({str(source)!r}, {str(out)!r}, model={model!r}, options=Options(part_size=3), use_ray=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
-    while read_status(str(out)).done < 9:
+    while len(list((out / "log").glob("*.json"))) < 3:
         assert process.poll() is None, "it must not end before it is killed"
         time.sleep(0.01)
     process.kill()
     process.wait()
     done = {path.name: path.stat().st_mtime_ns for path in (out / "log").glob("*.json")}
-    assert 3 <= len(done) < 40 and read_status(str(out)).state == "scoring"
+    assert 3 <= len(done) < 100 and read_status(str(out)).state == "scoring"
     found = score(str(source), str(out), model=model, options=Options(part_size=3), use_ray=False)
-    assert (found.images, found.failed) == (120, 1)
+    assert (found.images, found.failed) == (300, 1)
     table = pq.read_table(out / "findings.parquet")
-    assert table["image_id"].to_pylist() == [f"image{i:03}" for i in range(120)], "each once, in order"
+    assert table["image_id"].to_pylist() == [f"image{i:03}" for i in range(300)], "each once, in order"
     after = {path.name: path.stat().st_mtime_ns for path in (out / "log").iterdir()}
-    assert len(after) == 40 and {name: after[name] for name in done} == done, "only what was missing was done"
+    assert len(after) == 100 and {name: after[name] for name in done} == done, "only what was missing was done"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,17 +10,7 @@ pytest.importorskip("prefect")
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
-from prefect.logging.handlers import APILogHandler
-from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import (
-    PREFECT_API_URL,
-    PREFECT_HOME,
-    PREFECT_LOCAL_STORAGE_PATH,
-    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
-    PREFECT_SERVER_ANALYTICS_ENABLED,
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
-    temporary_settings,
-)
+from prefect_here import own_prefect
 from small_archives import lesion_jpegs, scoring_bundle
 from tiny_data import snapshot
 
@@ -32,34 +20,16 @@ from flows.score import score
 pytestmark = pytest.mark.timeout(600)  # a first start of Prefect's database takes a busy machine minutes
 
 
-@contextmanager
-def stopping_server() -> Iterator[None]:
-    """Stop the temporary server at the end: one is shared by the process, and the next test has a home of its own."""
-    try:
-        yield
-    finally:
-        APILogHandler().flush()
-        SubprocessASGIServer().stop()
-
-
-@pytest.mark.slow  # before it stopped its server, test_flows met it; not run again in one process since
 def test_score_makes_findings_and_artifacts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DERMAFLOW_THREADS", "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    source, out, home = tmp_path / "in", tmp_path / "out", tmp_path / "prefect"
+    source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for i, data in enumerate(lesion_jpegs()):
         (source / f"{i}.jpg").write_bytes(data)
     (source / "bad.jpg").write_bytes(b"no image")
     model = scoring_bundle(tmp_path / "model")
-    ephemeral = {
-        PREFECT_HOME: home,
-        PREFECT_LOCAL_STORAGE_PATH: home / "storage",
-        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True,
-        PREFECT_SERVER_ANALYTICS_ENABLED: False,
-        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 200,
-    }
-    with temporary_settings(ephemeral, restore_defaults={PREFECT_API_URL}), stopping_server():
+    with own_prefect(tmp_path / "prefect"):
         first = score(str(source), str(out), model=str(model))
         before = snapshot(out)
         assert score(str(source), str(out), model=str(model)) == first and snapshot(out) == before

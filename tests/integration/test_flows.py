@@ -21,20 +21,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
 from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
 from prefect.flows import load_flow_from_entrypoint
-from prefect.logging.handlers import APILogHandler
-from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import (
-    PREFECT_API_URL,
-    PREFECT_HOME,
-    PREFECT_LOCAL_STORAGE_PATH,
-    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
-    PREFECT_SERVER_ANALYTICS_ENABLED,
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
-    temporary_settings,
-)
 from prefect.states import Failed
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.utilities.callables import parameter_schema
+from prefect_here import own_prefect
 from tiny_bundle import a_bundle, save_tiny
 from tiny_data import METADATA, draw, snapshot
 
@@ -93,17 +83,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     )  # fmt: skip
     made.said = done.stdout + done.stderr
     assert done.returncode == 0, made.said
-    ephemeral = {
-        PREFECT_HOME: home,
-        PREFECT_LOCAL_STORAGE_PATH: home / "storage",
-        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True,
-        PREFECT_SERVER_ANALYTICS_ENABLED: False,
-        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 200,
-    }
-    with temporary_settings(ephemeral, restore_defaults={PREFECT_API_URL}):
+    with own_prefect(home):
         yield made
-        APILogHandler().flush()
-        SubprocessASGIServer().stop()  # the temporary one, while what it says still has a place to go
 
 
 def last_run() -> FlowRun:

@@ -347,20 +347,23 @@ def test_a_running_batch_can_be_cancelled_and_the_next_one_goes_on(world: World)
 
 
 def test_a_restart_of_serve_and_a_killed_runner_lose_and_repeat_nothing(world: World) -> None:
-    id = submit(world, a_zip(300))
-    until(lambda: batch(world, id)["done"] > 0, 500)
+    id = submit(world, a_zip(1000))
+    until(lambda: batch(world, id)["done"] > 0, 500, every=0.05)
+    runner = ray.get_actor(runner_name(id), namespace=NAMESPACE)
+    pid = ray.get(runner.process.remote(), timeout=30)
+    os.kill(pid, signal.SIGSTOP)  # so that it cannot end while Serve does
+    assert 0 < batch(world, id)["done"] < 1000
     from ray import serve
 
     serve.shutdown()
-    runner = ray.get_actor(runner_name(id), namespace=NAMESPACE)
-    os.kill(ray.get(runner.process.remote(), timeout=30), signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)  # it has outlived Serve
     ray.kill(ray.get_actor(dispatcher_name(world.options.database_url), namespace=NAMESPACE))
     cli.start(world.options, world.models[0], "127.0.0.1", world.port)
     until(lambda: _alive(world))
     found = ended(world, id)
     assert found["state"] == "finished", found
     ids = rows(world, id)["image_id"].to_pylist()
-    assert (len(ids), len(set(ids))) == (300, 300)
+    assert (len(ids), len(set(ids))) == (1000, 1000)
 
 
 def _alive(world: World) -> bool:
