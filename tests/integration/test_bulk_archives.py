@@ -22,7 +22,7 @@ from small_archives import hostile_zip, lesion_jpegs, scoring_bundle
 from tiny_data import snapshot
 
 from dermaflow import storage
-from dermaflow.errors import DataError
+from dermaflow.errors import DataError, StorageError
 from dermaflow.scoring import files
 from dermaflow.scoring.bulk import score
 from dermaflow.scoring.plan import Options, Status, read_failures, read_status
@@ -189,3 +189,39 @@ def test_a_process_that_is_killed_and_run_again(model: str, tmp_path: Path) -> N
     assert table["image_id"].to_pylist() == [f"image{i:03}" for i in range(300)], "each once, in order"
     after = {path.name: path.stat().st_mtime_ns for path in (out / "log").iterdir()}
     assert len(after) == 100 and {name: after[name] for name in done} == done, "only what was missing was done"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 384 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=384k", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("may not mount a small disk here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_disk_that_fills_stops_the_work_and_a_larger_one_lets_it_go_on(
+    model: str, tmp_path: Path, small_disk: Path
+) -> None:
+    source, out = tmp_path / "in", small_disk / "out"
+    source.mkdir()
+    for i in range(120):
+        (source / f"image{i:03}.jpg").write_bytes(lesion_jpegs()[i % 12])
+
+    def run() -> None:
+        score(str(source), str(out), model=model, options=Options(part_size=3), use_ray=False)
+
+    with pytest.raises(StorageError, match="No space left on device"):
+        run()
+    done = {path.name: path.stat().st_mtime_ns for path in (out / "log").glob("*.json")}
+    assert 0 < len(done) < 40, "it fills in the middle"
+    with pytest.raises(StorageError, match="No space left on device"):
+        run()
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    run()
+    table = pq.read_table(out / "findings.parquet")
+    assert table["image_id"].to_pylist() == [f"image{i:03}" for i in range(120)]
+    after = {path.name: path.stat().st_mtime_ns for path in (out / "log").iterdir()}
+    assert {name: after[name] for name in done} == done, "what was committed before stays"

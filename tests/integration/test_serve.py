@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -395,9 +396,19 @@ async def _load(world: World, clients: int, seconds: float, stop: asyncio.Event 
     return seen
 
 
-def test_beyond_capacity_only_200_and_503_and_then_all_is_well(world: World) -> None:
-    seen = asyncio.run(_load(world, 64, 5))
+def _memory() -> int:
+    """Bytes that the replicas and the proxy hold for themselves."""
+    named = [(process, "".join(process.cmdline())) for process in psutil.Process().children(recursive=True)]
+    return sum(process.memory_full_info().uss for process, name in named if "Replica" in name or "ProxyActor" in name)
+
+
+@pytest.mark.parametrize("seconds", [5, pytest.param(30, marks=pytest.mark.slow)])
+def test_beyond_capacity_only_200_and_503_and_then_all_is_well(world: World, seconds: float) -> None:
+    asyncio.run(_load(world, 64, 3))
+    before = _memory()
+    seen = asyncio.run(_load(world, 64, seconds))
     assert set(seen) == {200, 503}, seen
+    assert before > 0 and _memory() < before + (50 << 20)
     assert asyncio.run(_load(world, 2, 1)).keys() == {200}
 
 
