@@ -1,8 +1,6 @@
 """What a user would write instead of Ray Serve: the same predictor behind FastAPI and uvicorn, with micro-batching.
 
-    python bench/bare_app.py MODEL PORT [litserve]
-
-With `litserve` the same behind LitServe, with its own batching.
+python bench/bare_app.py MODEL PORT
 """
 
 from __future__ import annotations
@@ -12,6 +10,9 @@ import sys
 from contextlib import asynccontextmanager
 from typing import Any
 
+import uvicorn
+from fastapi import FastAPI, Request
+
 from dermaflow.bundles.bundle import load_bundle
 from dermaflow.scoring.predictor import Predictor
 
@@ -19,9 +20,6 @@ BATCH, WAIT = 16, 0.005  # images, seconds; as serve's classifier
 
 
 def bare(model: str, port: int) -> None:
-    import uvicorn
-    from fastapi import FastAPI, Request
-
     predictor = Predictor(load_bundle(model))
     queue: asyncio.Queue[tuple[bytes, asyncio.Future[Any]]] = asyncio.Queue()
 
@@ -62,25 +60,5 @@ def bare(model: str, port: int) -> None:
     uvicorn.run(api, host="127.0.0.1", port=port, access_log=False, log_level="warning")
 
 
-def litserve(model: str, port: int) -> None:
-    import litserve as ls
-
-    class Classify(ls.LitAPI):
-        def setup(self, device: str) -> None:
-            self.predictor = Predictor(load_bundle(model))
-
-        def decode_request(self, request: Any) -> bytes:
-            return request["images"].file.read()
-
-        def predict(self, images: list[bytes]) -> list[Any]:
-            return self.predictor.predict(images, [str(i) for i in range(len(images))])
-
-        def encode_response(self, finding: Any) -> dict[str, Any]:
-            return {"findings": [finding.model_dump()]}
-
-    api = Classify(max_batch_size=BATCH, batch_timeout=WAIT, api_path="/v1/classify")
-    ls.LitServer(api, accelerator="cpu", healthcheck_path="/readyz").run(port=port, log_level="warning")
-
-
 if __name__ == "__main__":
-    (litserve if sys.argv[3:] == ["litserve"] else bare)(sys.argv[1], int(sys.argv[2]))
+    bare(sys.argv[1], int(sys.argv[2]))

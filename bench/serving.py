@@ -39,7 +39,7 @@ def commands(model: Path, port: int, state: Path) -> dict[str, list[str]]:
     ways = {
         "dermaflow serve": f"-m serve --model {model} --port {port} --state {state} --rate 1000000/minute".split(),
         "FastAPI + uvicorn": [str(HERE / "bare_app.py"), str(model), str(port)],
-        "LitServe": [str(HERE / "bare_app.py"), str(model), str(port), "litserve"],
+        "LitServe": [str(HERE / "litserve_app.py"), str(model), str(port)],
     }
     if not importlib.util.find_spec("litserve"):
         del ways["LitServe"]

@@ -1,13 +1,15 @@
 """The deployment that owns the network: one copy of the weights a replica, images of several requests scored at once.
 
-Whole requests come in, single images wait for a batch. The network runs in the one thread of its own, so the replica's
-loop stays free to take requests, and a heat map never meets a batch inside the network.
+Whole requests come in, single images wait for a batch. Batches run in threads of their own, so the replica's loop stays
+free to take requests: on a CPU one batch a core, because the cores of one batch would wait for each other whenever
+another process needs one of them; on a GPU one at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,17 +62,23 @@ class Classifier:
     def __init__(self, threads: int | None = None) -> None:
         import torch
 
+        from dermaflow.learning.optimisation import pick_device
+        from dermaflow.scoring.runtime import is_compiled
         from dermaflow.settings import settings, start_logging
 
         start_logging()
         # Ray allows a replica as many threads as CPUs it reserves, which says nothing of the machine
-        torch.set_num_threads(threads or settings().threads)
-        self._thread = ThreadPoolExecutor(1, "network")
+        threads = threads or settings().threads
+        torch.set_num_threads(threads)
+        self._at_once = threads if is_compiled(pick_device()) else 1
+        self._threads = ThreadPoolExecutor(self._at_once, "network")
+        self._explaining = asyncio.Lock()  # a heat map hooks into the network of PyTorch
+        self._score = serve.batch(max_concurrent_batches=self._at_once)(self._score_batch)
         self._model: Model | None = None
         self._loading: asyncio.Task[None] | None = None
         self._wanted = ""
         self._problem: str | None = None
-        self._since: float | None = None  # when the batch under way began
+        self._since: dict[int, float] = {}  # when the batches under way began, by thread
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Take another model or batch size. Serve calls it at the start and when the user config changes.
@@ -90,13 +98,13 @@ class Classifier:
             return
         self._wanted = config["sha256"]
         if self._model is None:
-            self._model = await asyncio.to_thread(load, config)
+            self._model = await asyncio.to_thread(load, config, self._at_once)
         else:
             self._loading = asyncio.create_task(self._swap(config))
 
     async def _swap(self, config: dict[str, Any]) -> None:
         try:
-            model = await asyncio.to_thread(load, config)
+            model = await asyncio.to_thread(load, config, self._at_once)
         except Exception as error:
             self._problem = f"{config['version']} could not be loaded: {type(error).__name__}"
             log.exception("%s could not be loaded; the model before stays", config["version"])
@@ -123,8 +131,7 @@ class Classifier:
             "together": max(one.together for one in scored),
         }
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.004)
-    async def _score(self, items: list[_Item]) -> list[_Scored]:
+    async def _score_batch(self, items: list[_Item]) -> list[_Scored]:
         scored: dict[int, _Scored] = {}
         for sha256 in dict.fromkeys(item.model.facts["sha256"] for item in items):
             places = [i for i, item in enumerate(items) if item.model.facts["sha256"] == sha256]
@@ -145,7 +152,8 @@ class Classifier:
         from dermaflow.trust.explain import explain
 
         model = self._ready()
-        found = await self._run(lambda: explain(model.predictor, image, image_id, diagnosis=diagnosis))
+        async with self._explaining:
+            found = await self._run(lambda: explain(model.predictor, image, image_id, diagnosis=diagnosis))
         return {
             "model": model.name,
             "finding": found.finding.model_dump_json().encode(),
@@ -166,18 +174,18 @@ class Classifier:
 
     def check_health(self) -> None:
         """Unhealthy once a batch has not come back for long."""
-        if self._since is not None and time.monotonic() - self._since > STUCK:
+        if any(time.monotonic() - since > STUCK for since in self._since.copy().values()):
             raise RuntimeError("a batch does not come back")
 
     async def _run(self, function: Any, *arguments: Any) -> Any:
         def timed() -> Any:
-            self._since = time.monotonic()
+            self._since[threading.get_ident()] = time.monotonic()
             try:
                 return function(*arguments)
             finally:
-                self._since = None
+                del self._since[threading.get_ident()]
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, timed)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, timed)
 
     def _ready(self) -> Model:
         if self._model is None:
@@ -185,8 +193,8 @@ class Classifier:
         return self._model
 
 
-def load(config: dict[str, Any]) -> Model:
-    """Read a bundle, check every byte, make it ready and run it once.
+def load(config: dict[str, Any], at_once: int) -> Model:
+    """Read a bundle, check every byte, make it ready for so many batches at once, and run it once.
 
     Raises:
         BundleError: It is damaged, not calibrated, or not the one that was meant.
@@ -203,7 +211,7 @@ def load(config: dict[str, Any]) -> Model:
     if loaded.sha256 != config["sha256"]:
         raise BundleError(f"is {loaded.sha256[:12]} by now", where=config["uri"], expected=config["sha256"][:12],
                           todo="start again with the model that is meant")  # fmt: skip
-    predictor = Predictor(loaded)
+    predictor = Predictor(loaded, at_once=at_once)
     picture = io.BytesIO()
     Image.new("RGB", (640, 480), "white").save(picture, "JPEG")
     predictor.predict([picture.getvalue()], ["warm-up"])  # the first call allocates; no user waits for it

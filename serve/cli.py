@@ -144,6 +144,10 @@ def start(
     # and on a busy machine its proxy needs longer than Serve waits by default.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    # Fewer hand-overs between threads for each request, half again as many requests a second (docs/results.md): nothing
+    # here blocks a loop. But no replica opens a port of its own for what comes from outside.
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    os.environ.setdefault("RAY_SERVE_ENABLE_DIRECT_INGRESS", "0")
     # Ray counts what Serve reserves: one more, and the batches still have all of the machine
     connect(settings().threads + 1)
     from ray import serve

@@ -54,6 +54,8 @@ class Predictor:
         priors: [7], class frequencies of the site, to correct the probabilities for; conformal sets are taken from the
             uncorrected ones (`dermaflow.trust.prior_shift`). None leaves all as it was calibrated.
         device: Of the network; by default that of the settings.
+        at_once: Threads that call `predict` at the same time and share the cores; more than one only where the network
+            is compiled (`dermaflow.scoring.runtime.is_compiled`).
 
     Raises:
         BundleError: The bundle was never calibrated, or its weights do not fit.
@@ -61,15 +63,17 @@ class Predictor:
     """
 
     def __init__(
-        self, loaded: LoadedBundle, *, priors: Sequence[float] | None = None, device: torch.device | None = None
-    ) -> None:
+        self, loaded: LoadedBundle, *, priors: Sequence[float] | None = None, device: torch.device | None = None,
+        at_once: int = 1,
+    ) -> None:  # fmt: skip
         if loaded.bundle.calibration is None:
             raise BundleError("no calibration", where=loaded.bundle.name, todo="run dermaflow calibrate")
         self.loaded = loaded
         self.calibration: Calibration = loaded.bundle.calibration
         device = device or pick_device()
         self.network = network_of(loaded).to(device)
-        self.run = make_runtime(self.network, loaded.bundle.input, device)
+        self.run = make_runtime(self.network, loaded.bundle.input, device, at_once)
+        self._readers = max(1, settings().threads // at_once)
         self._priors = None if priors is None else check_priors(priors, "site priors").tolist()
 
     def predict(
@@ -97,7 +101,7 @@ class Predictor:
     def answer(self, images: Sequence[bytes]) -> Answers:
         """What network and gate say of encoded images, with nothing withheld."""
         spec = self.loaded.bundle.input
-        with ThreadPoolExecutor(settings().threads) as pool:
+        with ThreadPoolExecutor(self._readers) as pool:
             read = list(pool.map(lambda data: _read(data, spec.height, spec.width), images))
         good = np.array([not isinstance(found, ImageProblem) for found in read], dtype=bool)
         p, ood = np.full((len(read), len(CODES)), np.nan), np.full(len(read), np.nan, np.float32)

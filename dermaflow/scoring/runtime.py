@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -31,16 +32,22 @@ BATCH = 16
 """Images at a time: more do not run faster on a CPU, and their activations leave the cache."""
 
 
-def make_runtime(network: Network, spec: InputSpec, device: torch.device) -> Runtime:
+def is_compiled(device: torch.device) -> bool:
+    """Whether a network on this device runs by OpenVINO, so that threads may call it at the same time."""
+    return device.type == "cpu" and importlib.util.find_spec("openvino") is not None
+
+
+def make_runtime(network: Network, spec: InputSpec, device: torch.device, at_once: int = 1) -> Runtime:
     """The fastest way to run a network on a device that gives what `predict` gives, to float32 rounding.
 
     Args:
         network: On the device, ready to predict.
         spec: Size, normalisation and views.
         device: Of the network.
+        at_once: Threads that call it at the same time, where it is compiled; they share the cores.
     """
-    if device.type == "cpu" and importlib.util.find_spec("openvino"):
-        return _openvino(network, spec)
+    if is_compiled(device):
+        return _openvino(network, spec, at_once)
     log.info("runtime: PyTorch on %s", device)
     return lambda pixels: predict(network, pixels, spec)
 
@@ -62,7 +69,7 @@ class _OneView(nn.Module):
         return self.network.head(features), features
 
 
-def _openvino(network: Network, spec: InputSpec) -> Runtime:
+def _openvino(network: Network, spec: InputSpec, at_once: int) -> Runtime:
     import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -75,20 +82,23 @@ def _openvino(network: Network, spec: InputSpec) -> Runtime:
         graph = frontend.convert(frontend.load(decoder))
     graph.reshape([-1, spec.height, spec.width, 3])
     options = {
-        "INFERENCE_NUM_THREADS": settings().threads,
-        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": max(at_once, settings().threads),
+        "NUM_STREAMS": at_once,
         "INFERENCE_PRECISION_HINT": "f32",  # as calibrated: bfloat16 would move probabilities
         "ENABLE_CPU_PINNING": False,  # several workers on one machine would all choose the first core
     }
-    request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
+    compiled = openvino.Core().compile_model(graph, "CPU", options)
+    local = threading.local()  # a request serves one thread
     log.info("runtime: OpenVINO %s, %d threads", openvino.__version__.split("-")[0], settings().threads)
 
     def run(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not hasattr(local, "request"):
+            local.request = compiled.create_infer_request()
         logits, features = [], []
         for start in range(0, len(pixels), BATCH):
             batch = pixels[start : start + BATCH]
             views = [batch] if spec.views == 1 else [batch, batch[:, ::-1], batch[:, :, ::-1], batch[:, ::-1, ::-1]]
-            answers = [request.infer([np.ascontiguousarray(view)]) for view in views]
+            answers = [local.request.infer([np.ascontiguousarray(view)]) for view in views]
             # The head is linear, so the mean logits of the views are the logits of the mean features.
             logits.append(np.mean([answer[0] for answer in answers], axis=0, dtype=np.float32))
             features.append(np.mean([answer[1] for answer in answers], axis=0, dtype=np.float32))

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.covariance import ledoit_wolf
 
 from dermaflow.errors import DataError
 from dermaflow.schemas.bundle import OodSpec, Reference
@@ -51,6 +50,8 @@ def make_reference(
             "no features" if len(features) == 0 else "features of the training split are not finite",
             expected="finite features of at least one image", todo="train again with a lower learning rate",
         )  # fmt: skip
+    from sklearn.covariance import ledoit_wolf  # takes a second to import, which those who only score need not wait for
+
     mean = features.mean(axis=0, dtype=np.float64)
     covariance, _ = ledoit_wolf(features - mean, assume_centered=True)
     variance, axes = np.linalg.eigh(covariance)

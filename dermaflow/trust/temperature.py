@@ -8,9 +8,7 @@ are not those of the patients; one number a class, the bias, cures that (the bia
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
-from sklearn.model_selection import GroupKFold
 
 from dermaflow.schemas.bundle import Calibration
 
@@ -81,6 +79,8 @@ def fit_scaling(logits: np.ndarray, labels: np.ndarray, lesions: np.ndarray, see
     Returns:
         Temperature and float64 [K] bias, zeros where plain temperature is enough.
     """
+    from sklearn.model_selection import GroupKFold  # as below: slow to import
+
     temperature, bias = fit_temperature_and_bias(logits, labels)
     plain = fit_temperature(logits, labels), np.zeros_like(bias)
     _, lesion = np.unique(lesions, return_inverse=True)
@@ -106,6 +106,8 @@ def _fit(logits: np.ndarray, labels: np.ndarray, with_bias: bool) -> tuple[float
     logits = np.asarray(logits, dtype=np.float64)
     images, classes = logits.shape
     truth = np.eye(classes)[labels]
+
+    from scipy.optimize import minimize  # slow to import: those who only score need not wait for it
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:  # negative log posterior an image, and its gradient
         log_temperature, bias = parameters[0], parameters[1:]

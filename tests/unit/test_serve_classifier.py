@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,13 +26,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Chosen]:
     return [choose(str(save_servable(root / f"m{seed}", seed))) for seed in range(2)]
 
 
-@pytest.fixture(scope="module")
-def loop() -> Iterator[asyncio.Runner]:
-    """One loop for all tests, as in a replica: the queue of `serve.batch` belongs to the loop that it first met."""
-    with asyncio.Runner() as runner:
-        yield runner
-
-
 @pytest.fixture(autouse=True)
 def replica(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batching asks its replica how many requests it takes."""
@@ -50,9 +42,7 @@ def ask(classifier: Classifier, count: int, start: int = 0) -> Any:
     return classifier.classify([IMAGES[(start + i) % 4] for i in range(count)], ids, [None] * count)
 
 
-def test_images_of_several_requests_are_scored_together_and_go_back_to_whom_they_belong(
-    loop: asyncio.Runner, models: list[Chosen]
-) -> None:
+def test_images_of_several_requests_are_scored_together_and_go_back_to_whom_they_belong(models: list[Chosen]) -> None:
     async def run() -> None:
         classifier = Classifier(1)
         with pytest.raises(RuntimeError, match="no model"):
@@ -67,10 +57,10 @@ def test_images_of_several_requests_are_scored_together_and_go_back_to_whom_they
             for place, finding in enumerate(found, start):
                 assert finding["p_mel"] == pytest.approx(alone[place % 4]["p_mel"], abs=1e-5)
 
-    loop.run(run())
+    asyncio.run(run())
 
 
-def test_a_new_model_takes_over_and_no_answer_mixes_two(loop: asyncio.Runner, models: list[Chosen]) -> None:
+def test_a_new_model_takes_over_and_no_answer_mixes_two(models: list[Chosen]) -> None:
     async def run() -> None:
         classifier = Classifier(1)
         await classifier.reconfigure(config(models[0]))
@@ -86,12 +76,10 @@ def test_a_new_model_takes_over_and_no_answer_mixes_two(loop: asyncio.Runner, mo
             assert {f["model_sha256"] for f in json.loads(answer["findings"])} == {answer["model"]["sha256"]}
         assert answers[-1]["model"]["version"] == models[1].version
 
-    loop.run(run())
+    asyncio.run(run())
 
 
-def test_a_model_that_cannot_be_loaded_leaves_the_one_before(
-    loop: asyncio.Runner, models: list[Chosen], tmp_path: Path
-) -> None:
+def test_a_model_that_cannot_be_loaded_leaves_the_one_before(models: list[Chosen], tmp_path: Path) -> None:
     async def run() -> None:
         classifier = Classifier(1)
         await classifier.reconfigure(config(models[0]))
@@ -106,19 +94,17 @@ def test_a_model_that_cannot_be_loaded_leaves_the_one_before(
         await classifier._loading
         assert (await classifier.describe())["problem"] is None
 
-    loop.run(run())
+    asyncio.run(run())
 
 
-def test_another_bundle_at_the_same_place_is_not_taken_for_the_one_that_was_meant(
-    loop: asyncio.Runner, models: list[Chosen]
-) -> None:
+def test_another_bundle_at_the_same_place_is_not_taken_for_the_one_that_was_meant(models: list[Chosen]) -> None:
     from dermaflow.errors import BundleError
 
     with pytest.raises(BundleError, match="by now"):
-        loop.run(Classifier(1).reconfigure(config(models[0], sha256="0" * 64)))
+        asyncio.run(Classifier(1).reconfigure(config(models[0], sha256="0" * 64)))
 
 
-def test_a_heat_map_does_not_disturb_the_answers(loop: asyncio.Runner, models: list[Chosen]) -> None:
+def test_a_heat_map_does_not_disturb_the_answers(models: list[Chosen]) -> None:
     async def run() -> None:
         classifier = Classifier(1)
         await classifier.reconfigure(config(models[0]))
@@ -132,4 +118,4 @@ def test_a_heat_map_does_not_disturb_the_answers(loop: asyncio.Runner, models: l
                 assert one["p_mel"] == pytest.approx(other["p_mel"], abs=1e-5)
         classifier.check_health()
 
-    loop.run(run())
+    asyncio.run(run())
