@@ -3,13 +3,12 @@
 python bench/litserve_app.py MODEL PORT
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
 import litserve
 from bare_app import BATCH, WAIT
+from fastapi import Request  # LitServe reads the annotation
 
 from dermaflow.bundles.bundle import load_bundle
 from dermaflow.scoring.predictor import Predictor
@@ -19,7 +18,7 @@ class Classify(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.predictor = Predictor(load_bundle(sys.argv[1]))
 
-    def decode_request(self, request: Any) -> bytes:
+    def decode_request(self, request: Request) -> bytes:
         return request["images"].file.read()
 
     def predict(self, images: list[bytes]) -> list[Any]:

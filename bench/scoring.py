@@ -12,6 +12,7 @@ over pixels in memory and the decoding alone, each over all cores; together they
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -121,6 +122,13 @@ WAYS: dict[str, Callable[[Path, Path, Path], None]] = {
     "limit: network alone, OpenVINO": network_alone,
     "limit: decode alone": decode_alone,
 }
+
+
+def steady_rate(out: Path) -> float:
+    """Images a second between the first commit and the last: without the start of the processes."""
+    commits = [json.loads(path.read_text()) for path in (out / "log").glob("*.json")]
+    times = sorted(commit["finished"] for commit in commits)
+    return sum(commit["rows"] for commit in commits) * (1 - 1 / len(commits)) / (times[-1] - times[0])
 
 
 def speed(images: int, rounds: int, networks: list[str]) -> None:
