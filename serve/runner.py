@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayActorError
 
 from dermaflow import storage
 from dermaflow.errors import DermaflowError
+from dermaflow.scoring.plan import read_status
 from serve.jobs import Job, JobStore
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 NAMESPACE = "dermaflow"
 ATTEMPTS = 5  # starts of one batch; a runner that dies every time is not started for ever
 EVERY = 0.5  # seconds between two looks at the queue
+STALLED = 1800  # seconds without any progress after which a runner is taken for hung: more than any part takes
+ASKED_EVERY = 60  # seconds between two looks at how far a batch is
 
 
 def dispatcher_name(database: str) -> str:
@@ -41,16 +45,53 @@ def start_dispatcher(database: str, at_once: int) -> Any:
     ).remote(database, at_once)  # fmt: skip
 
 
+class _Seen(NamedTuple):
+    how_far: tuple[str, int]
+    since: float
+    asked: float
+
+
+class Stalls:
+    """Notices batches that no longer get on: a store that never answers would hold up the queue for ever."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, _Seen] = {}
+
+    def stalled(self, job: Job, now: float) -> bool:
+        """Whether the batch was as far as it is now long ago; asks once a minute.
+
+        Args:
+            job: A running batch.
+            now: Seconds, monotonic.
+        """
+        last = self._seen.get(job.id)
+        if last is not None and now - last.asked < ASKED_EVERY:
+            return False
+        try:
+            status = read_status(job.out)
+            how_far = (status.state, status.done)
+        except DermaflowError:  # a store that does not answer is no progress either
+            how_far = last.how_far if last is not None else ("", 0)
+        since = last.since if last is not None and last.how_far == how_far else now
+        self._seen[job.id] = _Seen(how_far, since, now)
+        return now - since > STALLED
+
+    def forget(self, job_id: str) -> None:
+        """It starts anew, or is over."""
+        self._seen.pop(job_id, None)
+
+
 @ray.remote
 class Dispatcher:
-    """Starts waiting batches, as many at once as allowed; takes up those whose runner died; stops cancelled ones."""
+    """Starts waiting batches, as many at once as allowed; takes up those whose runner died or hangs; stops cancelled
+    ones."""
 
     def __init__(self, database: str, at_once: int) -> None:
         from dermaflow.settings import start_logging
 
         start_logging()
         self._jobs, self._database, self._at_once = JobStore(database), database, at_once
-        self._wake = threading.Event()
+        self._wake, self._stalls = threading.Event(), Stalls()
         threading.Thread(target=self._mind, daemon=True, name="queue").start()
 
     def wake(self) -> None:
@@ -88,8 +129,12 @@ class Dispatcher:
             now = self._jobs.get(job.id)
             if now is not None and now.state == "running":
                 self._start(now)
+        elif self._stalls.stalled(job, time.monotonic()):
+            log.warning("batch %s: nothing for %d s; its process is ended and started again", job.id, STALLED)
+            ray.kill(runner)
 
     def _start(self, job: Job) -> None:
+        self._stalls.forget(job.id)
         if self._jobs.attempt(job.id) > ATTEMPTS:
             self._jobs.fail(job.id, f"gave up: its process died {ATTEMPTS} times, the last time without a word")
             return

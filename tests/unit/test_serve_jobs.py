@@ -8,13 +8,15 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dermaflow.errors import DataError
+from dermaflow.errors import DataError, StorageError
+from serve import runner
 from serve.jobs import JobError, JobStore, new_id
-from serve.runner import said
+from serve.runner import ASKED_EVERY, STALLED, Stalls, said
 
 MODEL = {"name": "tiny", "version": "tiny-1", "sha256": "a" * 64, "uri": "/models/tiny"}
 
@@ -146,3 +148,29 @@ def test_an_error_names_the_upload_as_the_sender_did(tmp_path: Path) -> None:
         "/var/state/x/archive.zip is no archive", where="/var/state/x", expected="a .zip", todo="send it again"
     )
     assert said(error, job) == "clinic.zip is no archive; expected a .zip; send it again"
+
+
+def test_a_batch_that_no_longer_gets_on_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked, done = JobStore(f"sqlite:///{tmp_path}/jobs.db"), 0, 0
+
+    def how_far(out: str) -> Any:
+        nonlocal asked
+        asked += 1
+        if done < 0:
+            raise StorageError("does not answer")
+        return SimpleNamespace(state="scoring", done=done)
+
+    monkeypatch.setattr(runner, "read_status", how_far)
+    stalls, job = Stalls(), store.get(queue(store))
+    assert job is not None
+    times = range(0, 3 * STALLED, 30)
+    for now in times:
+        done = now
+        assert not stalls.stalled(job, now), "it gets on"
+    assert asked == len(times) * 30 // ASKED_EVERY
+    last = now
+    done = -1
+    assert not any(stalls.stalled(job, last + s) for s in range(0, STALLED, 30))
+    assert any(stalls.stalled(job, last + STALLED + s) for s in range(0, 3 * ASKED_EVERY, 30))
+    stalls.forget(job.id)
+    assert not stalls.stalled(job, last + 2 * STALLED)
