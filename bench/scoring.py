@@ -156,7 +156,11 @@ def speed(images: int, rounds: int, networks: list[str]) -> None:
                 print(f"\n{network}", flush=True)
                 found = compare({name: prepared(way) for name, way in WAYS.items()}, rounds, "way", images)
             ours, _, net, decode = found.values()
-            print(f"of the limit, network and decode on the same cores: {(net + decode) / ours:.2f}", flush=True)
+            steady = steady_rate(folder / "out")
+            print(f"of the limit, network and decode on the same cores: {(net + decode) / ours:.2f};", end=" ")
+            print(
+                f"from the first part to the last {steady:.0f} images/s, {steady * (net + decode) / images:.2f} of it"
+            )
 
 
 def memory() -> None:
@@ -181,7 +185,10 @@ def memory() -> None:
                 time.sleep(0.5)
             assert process.returncode == 0, "score failed"
             took = time.perf_counter() - start
-            print(f"{images} images: {took:.1f} s, peak {top / 1e6:.0f} MB over all processes of score", flush=True)
+            print(
+                f"{images} images: {took:.1f} s, {steady_rate(place / 'out'):.0f} images/s from the first part to the last"
+            )
+            print(f"    peak {top / 1e6:.0f} MB over all processes of score", flush=True)
 
 
 if __name__ == "__main__":
