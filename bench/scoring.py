@@ -185,9 +185,7 @@ def memory() -> None:
                 time.sleep(0.5)
             assert process.returncode == 0, "score failed"
             took = time.perf_counter() - start
-            print(
-                f"{images} images: {took:.1f} s, {steady_rate(place / 'out'):.0f} images/s from the first part to the last"
-            )
+            print(f"{images} images: {took:.1f} s, {steady_rate(place / 'out'):.0f} images/s from first to last part")
             print(f"    peak {top / 1e6:.0f} MB over all processes of score", flush=True)
 
 
