@@ -42,9 +42,12 @@ def ask(classifier: Classifier, count: int, start: int = 0) -> Any:
     return classifier.classify([IMAGES[(start + i) % 4] for i in range(count)], ids, [None] * count)
 
 
-def test_images_of_several_requests_are_scored_together_and_go_back_to_whom_they_belong(models: list[Chosen]) -> None:
+@pytest.mark.parametrize("threads", [1, 2])  # as many batches at once, on a CPU
+def test_images_of_several_requests_are_scored_together_and_go_back_to_whom_they_belong(
+    models: list[Chosen], threads: int
+) -> None:
     async def run() -> None:
-        classifier = Classifier(1)
+        classifier = Classifier(threads)
         with pytest.raises(RuntimeError, match="no model"):
             await ask(classifier, 1)
         await classifier.reconfigure(config(models[0]))
@@ -104,9 +107,10 @@ def test_another_bundle_at_the_same_place_is_not_taken_for_the_one_that_was_mean
         asyncio.run(Classifier(1).reconfigure(config(models[0], sha256="0" * 64)))
 
 
-def test_a_heat_map_does_not_disturb_the_answers(models: list[Chosen]) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_heat_map_does_not_disturb_the_answers(models: list[Chosen], threads: int) -> None:
     async def run() -> None:
-        classifier = Classifier(1)
+        classifier = Classifier(threads)
         await classifier.reconfigure(config(models[0]))
         before = (await ask(classifier, 4))["findings"]
         explained, *answers = await asyncio.gather(
