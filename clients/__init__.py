@@ -1,1 +1,1 @@
-"""Flower clients and coordinator. Empty until federation is built."""
+"""Federation of hospital sites. Begun: how an update travels (`wire`); nothing to run yet."""
