@@ -27,6 +27,7 @@ from pathlib import Path
 
 import aiohttp
 import httpx
+import psutil
 from preparation import make_images
 from rounds import machine
 from scoring import SIZE, make_model
@@ -47,7 +48,7 @@ def commands(model: Path, port: int, state: Path) -> dict[str, list[str]]:
 
 
 @contextmanager
-def running(command: list[str], port: int, log: Path) -> Iterator[None]:
+def running(command: list[str], port: int, log: Path) -> Iterator[psutil.Process]:
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
         try:
@@ -61,13 +62,28 @@ def running(command: list[str], port: int, log: Path) -> Iterator[None]:
                 time.sleep(0.5)
             else:
                 raise TimeoutError(log.read_text()[-2000:])
-            yield
+            yield psutil.Process(process.pid)
         finally:
             process.send_signal(signal.SIGINT)
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def cpu_seconds(server: psutil.Process) -> Counter[str]:
+    """CPU seconds so far of a server's processes, by what they are."""
+    spent: Counter[str] = Counter()
+    for process in [server, *server.children(recursive=True)]:
+        try:
+            name = " ".join(process.cmdline())
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        kinds = ("Classifier", "Ingress", "ProxyActor")
+        kind = next((kind for kind in kinds if name.startswith("ray::") and kind in name), "others")
+        spent[kind] += times.user + times.system
+    return spent
 
 
 async def load(port: int, images: list[bytes], clients: int, seconds: float) -> tuple[float, list[float], Counter[int]]:
@@ -103,16 +119,21 @@ def main(rounds: int, seconds: float, clients: list[int], networks: list[str]) -
         for network in networks:
             model = make_model(folder, network)
             found: dict[tuple[str, int], list[tuple[float, float, float, float]]] = {}
+            costs: dict[tuple[str, int], list[dict[str, float]]] = {}
             statuses: Counter[int] = Counter()
             for number in range(rounds):
                 with socket.socket() as probe:
                     probe.bind(("127.0.0.1", 0))
                     port = probe.getsockname()[1]
                 for way, command in commands(model, port, folder / f"state-{network}-{number}").items():
-                    with running(command, port, folder / "server.log"):
+                    with running(command, port, folder / "server.log") as server:
                         for count in clients:
+                            before = cpu_seconds(server)
                             rate, taken, seen = asyncio.run(load(port, images, count, seconds))
                             statuses += seen
+                            requests = rate * (seconds + WARM)
+                            spent = {k: 1e3 * (v - before[k]) / requests for k, v in cpu_seconds(server).items()}
+                            costs.setdefault((way, count), []).append(spent)
                             p50, p95, p99 = (taken[min(int(len(taken) * q), len(taken) - 1)] for q in (0.5, 0.95, 0.99))
                             found.setdefault((way, count), []).append((rate, p50, p95, p99))
                 print(f"{network}: round {number + 1} of {rounds}", flush=True)
@@ -124,6 +145,10 @@ def main(rounds: int, seconds: float, clients: list[int], networks: list[str]) -
                 ratio = rate / statistics.median(value[0] for value in found["FastAPI + uvicorn", count])
                 times = " | ".join(f"{value * 1e3:.0f}" for value in (p50, p95, p99))
                 print(f"| {way} | {count} | {rate:.1f} | {times} | {ratio:.2f} |")
+            print("\nCPU ms a request, warm-up included:")
+            for (way, count), spent in costs.items():
+                middle = {kind: statistics.median(one.get(kind, 0.0) for one in spent) for kind in spent[0]}
+                print(f"{way}, {count} clients: " + ", ".join(f"{k} {v:.1f}" for k, v in sorted(middle.items())))
 
 
 if __name__ == "__main__":
