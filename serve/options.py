@@ -70,7 +70,9 @@ class Options(_Strict):
     threads: int | None = Field(None, ge=1, description="of a classifier; default DERMAFLOW_THREADS")
     batch: int = Field(16, ge=1, le=512, description="largest number of images scored at once")
     wait_ms: Annotated[float, Field(ge=0, le=1000)] = 4.0  # for more images to come, before a batch goes
-    working: int = Field(32, ge=1, description="requests that one classifier works on")
+    working: int = Field(
+        128, ge=1, description="requests that one classifier holds; beyond, Serve asks again at ever longer intervals"
+    )
     waiting: int = Field(64, ge=1, description="requests that wait for a classifier, per ingress, before 503")
     jobs: int = Field(1, ge=1, description="batches scored at once")
     limits: Limits = Limits()
