@@ -77,8 +77,12 @@ class Stalls:
         return now - since > STALLED
 
     def forget(self, job_id: str) -> None:
-        """It starts anew, or is over."""
+        """It starts anew."""
         self._seen.pop(job_id, None)
+
+    def keep(self, job_ids: set[str]) -> None:
+        """Forget all others: they are over."""
+        self._seen = {job_id: seen for job_id, seen in self._seen.items() if job_id in job_ids}
 
 
 @ray.remote
@@ -110,6 +114,7 @@ class Dispatcher:
 
     def _look(self) -> None:
         running = self._jobs.list(("running",))
+        self._stalls.keep({job.id for job in running})
         for job in running:
             self._tend(job)
         free = self._at_once - len(running)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import socket
+import zipfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,24 @@ def a_jpeg(seed: int = 0, height: int = 150, width: int = 200) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=92)
     return stream.getvalue()
+
+
+def a_zip(count: int, extra: dict[str, bytes] | None = None) -> bytes:
+    """An archive of so many images, ``L0.jpg`` and on, and of what else is named."""
+    stream, images = io.BytesIO(), [a_jpeg(seed) for seed in range(6)]
+    with zipfile.ZipFile(stream, "w") as archive:
+        for i in range(count):
+            archive.writestr(f"L{i}.jpg", images[i % len(images)])
+        for name, content in (extra or {}).items():
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def a_finding(image_id: str = "I1", lesion_id: str | None = "L1", **changes: Any) -> dict[str, Any]:

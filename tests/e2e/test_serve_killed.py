@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +17,7 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from serve_parts import a_jpeg, save_servable
+from serve_parts import a_zip, free_port, save_servable
 
 pytest.importorskip("ray.serve")
 pytestmark = [
@@ -70,26 +67,16 @@ def ready(client: httpx.Client) -> bool:
         return False
 
 
-def an_archive() -> bytes:
-    stream, images = io.BytesIO(), [a_jpeg(seed) for seed in range(6)]
-    with zipfile.ZipFile(stream, "w") as archive:
-        for i in range(IMAGES):
-            archive.writestr(f"L{i}.jpg", images[i % len(images)])
-    return stream.getvalue()
-
-
 def test_the_whole_service_is_killed_in_the_middle_of_a_batch(tmp_path: Path) -> None:
     save_servable(tmp_path / "model")
     certificate, _ = make_certificate(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     trusted = ssl.create_default_context(cafile=certificate)
     with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trusted, timeout=60, trust_env=False) as client:
         with serving(tmp_path, port, client) as process:
             with pytest.raises(httpx.HTTPError):
                 httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False)
-            sent = client.post("/v1/batches", files={"archive": ("clinic.zip", an_archive())})
+            sent = client.post("/v1/batches", files={"archive": ("clinic.zip", a_zip(IMAGES))})
             assert sent.status_code == 202, sent.text
             at = f"/v1/batches/{sent.json()['id']}"
             while (before := client.get(at).json())["done"] == 0:

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from serve_parts import a_jpeg, save_servable
+from serve_parts import a_jpeg, a_zip, free_port, save_servable
 
 pytest.importorskip("python_multipart")
 ray = pytest.importorskip("ray")
@@ -50,12 +49,6 @@ class World(NamedTuple):
     key: str
     few: str  # a key that may only classify
     client: httpx.Client
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +89,6 @@ def form(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
 
 def encoded(*images: bytes) -> list[dict[str, str]]:
     return [{"image_id": f"I{i}", "data": base64.b64encode(image).decode()} for i, image in enumerate(images)]
-
-
-def a_zip(count: int, extra: dict[str, bytes] | None = None) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        for i in range(count):
-            archive.writestr(f"L{i}.jpg", IMAGES[i % len(IMAGES)])
-        for name, content in (extra or {}).items():
-            archive.writestr(name, content)
-    return stream.getvalue()
 
 
 def submit(world: World, archive: bytes, patients: str | None = None, name: str = "clinic.zip") -> str:
