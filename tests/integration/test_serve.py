@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
@@ -381,8 +382,13 @@ async def _load(world: World, clients: int, seconds: float, stop: asyncio.Event 
 
 def _memory() -> int:
     """Bytes that the replicas and the proxy hold for themselves."""
-    named = [(process, "".join(process.cmdline())) for process in psutil.Process().children(recursive=True)]
-    return sum(process.memory_full_info().uss for process, name in named if "Replica" in name or "ProxyActor" in name)
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended, a zombie among them
+            name = "".join(process.cmdline())
+            if "Replica" in name or "ProxyActor" in name:
+                total += process.memory_full_info().uss
+    return total
 
 
 @pytest.mark.parametrize("seconds", [5, pytest.param(30, marks=pytest.mark.slow)])
