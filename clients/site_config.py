@@ -12,6 +12,7 @@ site-folder/
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -107,3 +108,54 @@ def save_site(folder: str | Path, site: SiteConfig) -> Path:
     path = Path(folder) / NAME
     storage.write_bytes(path, ("\n".join(lines) + "\n").encode())
     return path
+
+
+def make_site(folder: str | Path, site: SiteConfig, authority: str | Path) -> str:
+    """Write a site's folder: configuration, policy, a new key pair, the certificate of the hub's authority.
+
+    Args:
+        folder: New or empty.
+        site: Its paths must be the defaults.
+        authority: PEM file that the coordinator sent.
+
+    Returns:
+        The public key, one line in OpenSSH's format, for the coordinator.
+
+    Raises:
+        SiteError: There is a site already, or the certificate is none.
+    """
+    from cryptography import x509
+
+    from clients.policy import NAME as POLICY_NAME
+    from clients.policy import TEMPLATE
+
+    folder = Path(folder)
+    if (folder / NAME).exists() or (folder / site.key).exists():
+        raise SiteError("there is a site already", where=folder, todo="choose another folder; its key stays its key")
+    try:
+        certificate = Path(authority).read_bytes()
+        x509.load_pem_x509_certificate(certificate)
+    except (OSError, ValueError) as error:
+        raise SiteError(
+            str(error), where=authority, expected="a certificate, PEM", todo="ask the coordinator for ca.crt"
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_bytes(folder / site.root_certificate, certificate)
+    public = _make_key(folder / site.key, site.name)
+    storage.write_bytes(folder / POLICY_NAME, TEMPLATE.encode())
+    save_site(folder, site)
+    return public
+
+
+def _make_key(path: Path, comment: str) -> str:
+    """A new ECDSA P-384 pair, the kind that Flower takes for a node; the private half for this user's eyes only."""
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption())
+    public = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH).decode()
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        stream.write(private)
+    storage.write_bytes(path.with_suffix(".pub"), f"{public} {comment}\n".encode())
+    return f"{public} {comment}"
