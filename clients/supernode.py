@@ -25,6 +25,7 @@ from dermaflow import storage
 STATE_NAME = "run/supernode.json"
 SECRET_NAME = "run/secret"
 PAUSES = {3: 0.3, 0.5: 0.1}  # seconds: Flower's pauses without a message and without a reply, and those used here
+LONGEST_RETRY = 3.0  # seconds between two tries while the hub is away; Flower waits up to 20
 HEARTBEAT = 15  # seconds; the hub takes a site for gone after twice that. Flower has 30; the least it allows is 10
 
 
@@ -78,10 +79,12 @@ def write_state(folder: Path, **state: object) -> None:
 def _hurry(loop: Any) -> None:
     import flwr.supercore.heartbeat as heartbeat
     import flwr.supernode.fleet_http_connection as connection
+    from flwr.supercore.retry import http_retry
 
     impatient = types.SimpleNamespace(**vars(time))
     impatient.sleep = lambda seconds: time.sleep(PAUSES.get(seconds, seconds))
     loop.time = impatient
+    http_retry.MAX_RETRY_DELAY = LONGEST_RETRY  # type: ignore[attr-defined]
     heartbeat.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT  # type: ignore[attr-defined]
     connection.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT  # type: ignore[attr-defined]
 
