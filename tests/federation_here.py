@@ -26,7 +26,7 @@ class GridHere(Grid):
 
     def __init__(self, plan: Plan, sites: int, spoil: Spoil | None = None) -> None:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
-        self.sent: list[Message] = []
+        self.sent: list[tuple[str, int, int]] = []  # type, node, bytes
         self._replies: dict[str, Message] = {}
         self._spoil = spoil
         self._contexts = {
@@ -62,7 +62,8 @@ class GridHere(Grid):
             name = f"m{len(self.sent)}"
             message.metadata.__dict__["_message_id"] = name
             message.metadata.__dict__["_src_node_id"] = 1
-            self.sent.append(message)
+            size = sum(len(a.data) for r in message.content.array_records.values() for a in r.values())
+            self.sent.append((message.metadata.message_type, node, size))
             try:
                 reply = app(message, self._contexts[node])
                 if self._spoil:
@@ -82,7 +83,7 @@ class GridHere(Grid):
 def a_recipe(**optim: Any) -> Recipe:
     """Small and quick, with normalisation layers."""
     content = {
-        "name": "toy", "input": {"height": 48, "width": 64}, "backbone": {"name": "resnet18", "dropout": 0.0},
+        "name": "toy", "input": {"height": 48, "width": 64}, "backbone": {"name": "mobilenet_v2", "dropout": 0.0},
         "optim": {"batch_size": 8, "lr": 0.001, "layer_decay": 1.0} | optim,
     }  # fmt: skip
     return Recipe.model_validate(content)

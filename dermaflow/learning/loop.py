@@ -19,7 +19,7 @@ from dermaflow.errors import CheckpointError, DermaflowError
 from dermaflow.learning.augmentation import augment
 from dermaflow.learning.backbones import Network
 from dermaflow.learning.losses import make_loss
-from dermaflow.learning.optimisation import make_optimizer, make_schedule, pick_precision
+from dermaflow.learning.optimisation import make_optimizer, make_schedule, pick_precision, train_mode
 from dermaflow.learning.recipe import Recipe
 from dermaflow.preparation.balancing import Balance
 from dermaflow.preparation.transforms import normalise
@@ -54,6 +54,7 @@ class Run:
         data_hash: Of the shards, so that a checkpoint is not continued on other data.
         device: Where to compute.
         validate: Gives ``val_*`` figures of a network; called on rank 0 only.
+        correct: Called between the gradient and the step, to change the gradient.
         on_step: Called with epoch, step, steps and loss.
         on_epoch: Called after each epoch with its history entry and a function that makes the state to keep.
         wrap: Puts the network into DDP.
@@ -67,6 +68,7 @@ class Run:
     data_hash: str
     device: torch.device
     validate: Callable[[Network], dict[str, float]] | None = None
+    correct: Callable[[Network], None] = lambda network: None
     on_step: Callable[[int, int, int, float], None] = lambda epoch, step, steps, loss: None
     on_epoch: Callable[[dict[str, float], Callable[[], State]], None] = lambda entry, state: None
     wrap: Callable[[nn.Module], nn.Module] = lambda network: network
@@ -125,9 +127,7 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
             began = time.perf_counter()
             torch.manual_seed(recipe.seed * 1_000_003 + epoch * 1009 + run.rank)  # dropout
             draws = torch.Generator().manual_seed(recipe.seed * 1_000_033 + epoch * 1013 + run.rank)  # augmentation
-            model.train()
-            if head_only:
-                network.body.eval()  # keeps the running statistics of the normalisation layers
+            train_mode(network)
             total, images = 0.0, 0.0
             size = recipe.input.at_epoch(epoch)
             for step, (pixels, targets) in enumerate(islice(run.feed.epoch(epoch), run.feed.steps)):
@@ -138,6 +138,7 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
                 loss = loss_of(logits, targets)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                run.correct(network)
                 nn.utils.clip_grad_norm_(network.parameters(), optim.clip)
                 optimizer.step()
                 schedule.step()

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from dermaflow.learning.backbones import Network
@@ -21,7 +22,7 @@ class OptimConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    optimizer: Literal["adam", "adamw"] = "adamw"
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="sgd: with Nesterov's momentum of 0.9.")
     batch_size: int = Field(32, ge=1, description="Over all workers together.")
     head_epochs: int = Field(1, ge=0, description="Epochs with a frozen backbone.")
     head_lr: float = Field(3e-3, gt=0)
@@ -29,7 +30,10 @@ class OptimConfig(BaseModel):
     lr: float = Field(1e-3, gt=0, description="Peak rate of the last layers of the backbone and of the head.")
     layer_decay: float = Field(0.6, gt=0, le=1, description="Rate of a quarter of the backbone relative to the next.")
     weight_decay: float = Field(0.05, ge=0, description="Not on biases and normalisation.")
-    schedule: Literal["cosine", "one_cycle"] = "cosine"
+    trained: Literal["all", "last_block"] = Field(
+        "all", description="After the head epochs: everything, or the head and the backbone's last quarter."
+    )
+    schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of a cycle's steps in which the rate rises.")
     cycles: int = Field(
         1, ge=1, description="cosine only: equal cycles of `epochs`, each with half the peak rate of the one before."
@@ -44,10 +48,33 @@ class OptimConfig(BaseModel):
     )
 
 
+Scope = Literal["head", "last_block", "all"]
+"""What is trained: the head; the head and the last quarter of the backbone's parameters; everything."""
+
+
+def trained_names(network: Network, scope: Scope) -> list[str]:
+    """Names of the trained parameters, in the network's order."""
+    body = [f"body.{name}" for name, _ in network.body.named_parameters()]
+    chosen = {"head": [], "last_block": body[len(body) - len(body) // 4 :], "all": body}[scope]
+    return [*chosen, *(f"head.{name}" for name, _ in network.head.named_parameters())]
+
+
+def train_mode(network: Network) -> None:
+    """Training mode, but frozen parts keep the running statistics of their normalisation layers."""
+    network.train()
+    parameters = list(network.body.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        network.body.eval()
+    for module in network.body.modules():
+        if isinstance(module, _BatchNorm) and not any(parameter.requires_grad for parameter in module.parameters()):
+            module.eval()
+
+
 def make_optimizer(network: Network, config: OptimConfig, *, head_only: bool) -> torch.optim.Optimizer:
-    """Parameter groups with their peak rates; freezes the backbone's parameters when only the head is trained."""
-    for parameter in network.body.parameters():
-        parameter.requires_grad_(not head_only)
+    """Parameter groups with their peak rates; freezes every parameter that is not trained."""
+    trained = set(trained_names(network, "head" if head_only else config.trained))
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in trained)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
 
     def put(parameter: torch.nn.Parameter, rate: float) -> None:
@@ -60,9 +87,13 @@ def make_optimizer(network: Network, config: OptimConfig, *, head_only: bool) ->
         body = list(network.body.parameters())
         for i, parameter in enumerate(body):
             quarters_above = 3 - 4 * i // len(body)
-            put(parameter, config.lr * config.layer_decay**quarters_above)
+            if parameter.requires_grad:
+                put(parameter, config.lr * config.layer_decay**quarters_above)
+    chosen = [{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(chosen, momentum=0.9, nesterov=True, fused=True)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind([{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()], fused=True)
+    return kind(chosen, fused=True)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LRScheduler:
@@ -70,6 +101,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: 
     if config.schedule == "one_cycle":  # Smith and Topin 2017 (arXiv 1708.07120)
         peaks = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=max(config.warmup, 2 / (steps + 1)))
+    if config.schedule == "constant":
+        return LambdaLR(optimizer, lambda step: 1.0)
     length = steps / config.cycles
     rising = config.warmup * length
 

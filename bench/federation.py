@@ -1,0 +1,142 @@
+"""Federated training on HAM10000's four sources: accuracy beside pooled training and each site alone.
+
+    python bench/federation.py accuracy --shards SHARDS --weights FILE [--rounds 30] [--seeds 0 1 2] [--out DIR]
+
+Every method trains the same network from the same weights on the same lesion-grouped training split, for as many epochs
+as there are rounds; nothing is chosen on the test split, which is looked at once a run. Intervals: bootstrap of the
+lesions within each site. A run that is finished is not done again. On a GPU, --gpus is the share of a site at work, and
+--parallel runs that many at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clients.partition import POOLED
+from clients.plan import Plan
+from clients.simulation import simulate
+from clients.site_data import simulated_sites
+from dermaflow.learning.recipe import Recipe, load_recipe
+
+ADJUSTED: dict[str, Any] = {"loss": "adjusted"}
+BEST: dict[str, Any] = ADJUSTED | {"average": 0.7, "head": "statistics"}
+METHODS: dict[str, dict[str, Any]] = {
+    "pooled": {"only": POOLED},
+    "pooled, adjusted loss": ADJUSTED | {"only": POOLED},
+    "pooled, best": BEST | {"only": POOLED},
+    "FedAvg": {},
+    "FedProx": {"strategy": "fedprox"},
+    "FedAdam": {"strategy": "fedadam"},
+    "FedAvg, adjusted loss": ADJUSTED,
+    "SCAFFOLD, adjusted loss": ADJUSTED | {"strategy": "scaffold"},
+    "best": BEST,
+    "best, local normalisation": BEST | {"local_norm": True},
+}
+"""``best``: losses adjusted to each site's class frequencies, a first head from class sums, rounds averaged."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["accuracy"])
+    parser.add_argument("--shards", required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--recipe", default="ham10000-cpu")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=None)
+    parser.add_argument("--alone", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--gpus", type=float, default=0.0)
+    parser.add_argument("--parallel", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/federation"))
+    chosen = parser.parse_args()
+    recipe = load_recipe(chosen.recipe, {"backbone.weights": str(chosen.weights.absolute())})
+    methods = {name: METHODS[name] for name in chosen.methods or METHODS}
+    if chosen.alone:
+        methods |= {f"{site} alone": ADJUSTED | {"only": site} for site in simulated_sites(chosen.shards, "natural")}
+    jobs = [(name, seed) for seed in chosen.seeds for name in methods]
+    with ThreadPoolExecutor(chosen.parallel) as pool:
+        list(pool.map(lambda job: _run(job[0], methods[job[0]], job[1], recipe, chosen), jobs))
+    _report({name: [_read(_folder(chosen.out, name, seed)) for seed in chosen.seeds] for name in methods}, chosen)
+
+
+def _folder(out: Path, name: str, seed: int) -> Path:
+    return out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def _run(name: str, choices: dict[str, Any], seed: int, recipe: Recipe, chosen: argparse.Namespace) -> None:
+    out = _folder(chosen.out, name, seed)
+    if (out / "result.json").exists():
+        return
+    began = time.perf_counter()
+    plan = Plan(
+        recipe=recipe.model_dump_json(), shards=chosen.shards, partition="natural+pooled", out=str(out), seed=seed,
+        rounds=chosen.rounds, **({"only": ",".join(simulated_sites(chosen.shards, "natural"))} | choices),
+    )  # fmt: skip
+    result = simulate(plan, gpus=chosen.gpus)
+    print(f"{name}, seed {seed}: {_balanced(result):.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
+
+
+def _confusion(result: dict[str, Any], site: str | None) -> np.ndarray:
+    """Truth by prediction of one site's test images, or of all sites' together."""
+    parts = {name: np.array(value["confusion"]) for name, value in result["sites"].items() if name != POOLED}
+    return parts[site] if site else sum(parts.values(), np.zeros((7, 7)))
+
+
+def _balanced(result: dict[str, Any], site: str | None = None) -> float:
+    confusion = _confusion(result, site)
+    there = confusion.sum(1) > 0
+    return float((np.diag(confusion)[there] / confusion.sum(1)[there]).mean())
+
+
+def _accuracy(result: dict[str, Any]) -> float:
+    confusion = _confusion(result, None)
+    return float(np.diag(confusion).sum() / confusion.sum())
+
+
+def _resampled(results: list[dict[str, Any]]) -> np.ndarray:
+    """Balanced accuracy over all sites' lesions in each resample, mean over the seeds: [R]."""
+    found = []
+    for result in results:
+        parts = [value for site, value in result["sites"].items() if site != POOLED]
+        hits = sum(np.array(part["hits"]) for part in parts)
+        totals = sum(np.array(part["totals"]) for part in parts)
+        found.append((hits / np.maximum(totals, 1)).mean(1))
+    return np.mean(found, axis=0)
+
+
+def _report(found: dict[str, list[dict[str, Any]]], chosen: argparse.Namespace) -> None:
+    sites = [site for site in found[next(iter(found))][0]["sites"] if site != POOLED]
+    sites.sort()
+    head = ["method", "balanced accuracy", "95 %", "seeds", "accuracy", *sites, "mean of sites", "MB a round a site"]
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for name, results in found.items():
+        each = [_balanced(result) for result in results]
+        low, high = np.quantile(_resampled(results), [0.025, 0.975])
+        by_site = [np.mean([_balanced(result, site) for result in results]) for site in sites]
+        sent = [
+            figures["sent"] + figures["received"]
+            for result in results for record in result["rounds"][1:] for figures in record["sites"].values()
+        ]  # fmt: skip
+        row = [
+            name, f"{np.mean(each):.3f}", f"{low:.3f}-{high:.3f}", " ".join(f"{value:.3f}" for value in each),
+            f"{np.mean([_accuracy(result) for result in results]):.3f}",
+            *(f"{value:.3f}" for value in by_site), f"{np.mean(by_site):.3f}",
+            "-" if POOLED in results[0]["training_sites"] else f"{np.mean(sent) / 1e6:.1f}",
+        ]  # fmt: skip
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The coordinator's side of a run: first weights, rounds, checkpoints, the final look at every site's test split."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from safetensors.numpy import load_file, save
+
+from clients.grid import FederationError, SiteGrid
+from clients.messages import CONFIG, array_of, order_record
+from clients.plan import Order, Plan
+from clients.rounds import RoundRecord, SiteRounds
+from clients.site import Layouts, Model
+from clients.site_data import simulated_sites
+from clients.wire import pack, unpack
+from dermaflow import storage
+from dermaflow.errors import CheckpointError
+from dermaflow.learning.backbones import Network, build
+from dermaflow.learning.linear_head import ClassSums, discriminant_head
+from dermaflow.learning.optimisation import Scope
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT, ROUNDS, RESULT, WEIGHTS = "checkpoint.safetensors", "rounds.jsonl", "result.json", "weights.safetensors"
+ONLINE = 120.0
+"""Seconds to wait for the sites of a run."""
+
+
+class Coordinator:
+    """One federated run, from the plan to `result.json`.
+
+    Args:
+        plan: What to do.
+        grid: Flower's.
+        run: Name of the run, under which sites remember things.
+    """
+
+    def __init__(self, plan: Plan, grid: Grid, run: str) -> None:
+        self.plan, self.out = plan, Path(plan.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        recipe = plan.parsed_recipe
+        torch.manual_seed(plan.seed)
+        self.network = build(recipe.backbone)
+        self.order = Order(
+            run=run, round=0, rounds=plan.rounds, strategy=plan.strategy, scope=plan.scope,
+            recipe=recipe.model_copy(update={"seed": plan.seed}), local_epochs=plan.local_epochs,
+            adjusted=plan.loss == "adjusted", local_norm=plan.local_norm, precision=plan.precision, seed=plan.seed,
+            mu=plan.proximal_mu if plan.strategy == "fedprox" else 0.0, resamples=plan.resamples,
+        )  # fmt: skip
+        self.rounds = read_rounds(self.out)
+        self._failed: Callable[[dict[str, str]], None] = lambda reasons: log.warning("no answer: %s", reasons)
+        self.grid = self._find_sites(grid)
+        chosen = plan.only.split(",") if plan.only else list(self.grid.names.values())
+        self.training = self._grid_of({node: name for node, name in self.grid.names.items() if name in chosen})
+        if not self.training.names:
+            raise FederationError(f"no site of {chosen}", expected=f"some of {sorted(self.grid.names.values())}")
+
+    def run(self) -> dict[str, Any]:
+        """Everything; what an earlier process of the same run finished is not done again."""
+        began = time.monotonic()
+        if self.plan.head == "statistics" and not self.rounds:
+            self._statistics_head()
+        scopes: list[tuple[Scope, int, int]] = [
+            ("head", 1, self.plan.head_rounds), (self.plan.scope, self.plan.head_rounds + 1, self.plan.rounds)
+        ]  # fmt: skip
+        for scope, first, last in scopes:
+            if first <= last:
+                self._train(scope, first, last)
+        storage.write_bytes(self.out / WEIGHTS, save({k: v.numpy() for k, v in self.network.state_dict().items()}))
+        result = {
+            "plan": self.plan.model_dump() | {"recipe": json.loads(self.plan.recipe)},
+            "rounds": self.rounds, "sites": self._evaluate(), "seconds": time.monotonic() - began,
+            "training_sites": sorted(self.training.names.values()),
+        }  # fmt: skip
+        storage.write_bytes(self.out / RESULT, json.dumps(result, indent=1).encode())
+        return result
+
+    def _find_sites(self, grid: Grid) -> SiteGrid:
+        names = self.plan.node_ids()
+        if names:
+            found = self._grid_of(names, grid)
+            found.wait(ONLINE)
+            return found
+        expected = len(simulated_sites(self.plan.shards, self.plan.partition))
+        end = time.monotonic() + ONLINE
+        while len(list(grid.get_node_ids())) < expected and time.monotonic() < end:
+            time.sleep(0.1)
+        found = self._grid_of({node: str(node) for node in grid.get_node_ids()}, grid)
+        answers = self._ask(found, "describe", None, self.order)
+        return self._grid_of({reply.metadata.src_node_id: _site_of(reply) for reply in answers}, grid)
+
+    def _grid_of(self, names: dict[int, str], grid: Grid | None = None) -> SiteGrid:
+        return SiteGrid(
+            grid or self.grid, names, quorum=self.plan.quorum, grace=self.plan.grace,
+            failed=lambda reasons: self._failed(reasons),
+        )  # fmt: skip
+
+    def _ask(self, grid: SiteGrid, question: str, model: Model | None, order: Order) -> list[Message]:
+        layouts = Layouts.of(order) if model else None
+        messages = [
+            Message(order_record(order, model, layouts), dst_node_id=node, message_type=f"query.{question}")
+            for node in grid.names
+        ]
+        return grid.send_and_receive(messages, timeout=self.plan.timeout)
+
+    def _model(self, order: Order) -> tuple[Model, Layouts]:
+        """The coordinator's network in pieces."""
+        layouts, tensors = Layouts.of(order), self.network.state_dict()
+        pieces = [pack(tensors, layout) for layout in (layouts.weights, layouts.norm, layouts.rest)]
+        return Model(pieces[0], pieces[1], pieces[2]), layouts
+
+    def _statistics_head(self) -> None:
+        """A head from the sums of all sites: linear discriminant analysis on the frozen backbone's features."""
+        order = self.order.model_copy(update={"scope": "head"})
+        answers = self._ask(self.training, "class_sums", self._model(order)[0], order)
+        if len(answers) < self.plan.min_sites:
+            raise FederationError(f"{len(answers)} sites sent sums", expected=f"at least {self.plan.min_sites}")
+        sums = [ClassSums(*(array_of(a, name) for name in ("counts", "sums", "products"))) for a in answers]
+        total = sum(sums[1:], sums[0])
+        even = np.ones(len(total.counts)) if self.order.adjusted else None  # what the adjusted loss trains towards
+        weight, bias = discriminant_head(total, priors=even)
+        with torch.no_grad():
+            self.network.head.weight.copy_(torch.from_numpy(weight))
+            self.network.head.bias.copy_(torch.from_numpy(np.maximum(bias, -30.0)))
+        log.info("head from the sums of %d sites, %d images", len(answers), int(total.counts.sum()))
+
+    def _train(self, scope: Scope, first: int, last: int) -> None:
+        done = len(self.rounds)
+        order = self.order.model_copy(update={"scope": scope})
+        model, layouts = self._model(order)
+        phase = SiteRounds(self.plan, order, layouts, model, first, last, len(self.training.names), self._note)
+        checkpoint = self.out / CHECKPOINT
+        if first <= done:
+            if not checkpoint.exists():
+                raise CheckpointError("no checkpoint of the rounds that are done", where=checkpoint)
+            if done <= last:
+                phase.restore(load_file(checkpoint))
+                phase.first = done + 1
+        self._failed = phase.failed
+
+        def keep(number: int, arrays: ArrayRecord) -> None:
+            if number:
+                storage.write_bytes(checkpoint, save(phase.state()))
+                self._write_round(phase.record)
+
+        if phase.first <= last:
+            phase.start(
+                self.training, ArrayRecord({"weights": Array(phase.model.weights)}), last - phase.first + 1,
+                self.plan.timeout, ConfigRecord(), evaluate_fn=keep,
+            )  # fmt: skip
+        kept = phase.kept if last == self.plan.rounds else phase.model
+        tensors = unpack(kept.weights, layouts.weights) | unpack(kept.norm, layouts.norm)
+        self.network.load_state_dict(tensors, strict=False)
+
+    def _note(self, record: RoundRecord) -> None:
+        losses = ", ".join(f"{name} {figures['loss']:.3f}" for name, figures in sorted(record.sites.items()))
+        log.info("round %d of %d: %.1f s, loss %s", record.round, self.plan.rounds, record.seconds, losses)
+        for site, reason in record.failed.items():
+            log.warning("round %d: %s left out: %s", record.round, site, reason)
+
+    def _write_round(self, record: RoundRecord) -> None:
+        entry = asdict(record)
+        if record.confusion is not None:
+            entry["confusion"] = record.confusion.tolist()
+            recall = np.diag(record.confusion) / np.maximum(record.confusion.sum(1), 1)
+            entry["balanced_accuracy"] = float(recall[record.confusion.sum(1) > 0].mean())
+        self.rounds.append(entry)
+        lines = "".join(json.dumps(row) + "\n" for row in self.rounds)
+        storage.write_bytes(self.out / ROUNDS, lines.encode())
+
+    def _evaluate(self) -> dict[str, Any]:
+        """The final model on every site's test split: counts only."""
+        model, _ = self._model(self.order)
+        answers = self._ask(self.grid, "evaluate", model, self.order)
+        return {
+            _site_of(a): {name: array_of(a, name).tolist() for name in ("confusion", "lesions", "hits", "totals")}
+            for a in answers
+        }
+
+
+def read_rounds(out: Path) -> list[dict[str, Any]]:
+    """The finished rounds of a run's folder."""
+    path = out / ROUNDS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _site_of(reply: Message) -> str:
+    return str(reply.content.config_records[CONFIG]["site"])
+
+
+def network_of_result(plan: Plan, folder: Path) -> Network:
+    """The network of a finished run."""
+    network = build(plan.parsed_recipe.backbone.model_copy(update={"weights": None}))
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in load_file(folder / WEIGHTS).items()})
+    return network

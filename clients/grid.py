@@ -1,0 +1,117 @@
+"""Flower's Grid, for the sites of one run only: named, with a quorum, and never waiting without an end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from dermaflow.errors import DermaflowError
+
+POLL = 0.1
+"""Seconds between two looks for answers; Flower's own loop sleeps three."""
+
+
+class FederationError(DermaflowError):
+    """A federated run cannot go on."""
+
+
+class SiteGrid(Grid):
+    """A grid that knows the sites of the run.
+
+    Args:
+        grid: Flower's.
+        names: Site of each node id; only these are asked, whoever else is online.
+        quorum: Share of the answers after which only `grace` is waited.
+        grace: Seconds.
+        failed: Called with the names of the sites that failed or were late, and why.
+    """
+
+    def __init__(
+        self, grid: Grid, names: dict[int, str], *, quorum: float = 1.0, grace: float = 5.0,
+        failed: Callable[[dict[str, str]], None] = lambda reasons: None,
+    ) -> None:  # fmt: skip
+        self._grid, self.names = grid, names
+        self._quorum, self._grace, self._failed = quorum, grace, failed
+
+    def set_run(self, run: Run) -> None:
+        """Not ours to change."""
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        """The run of the grid beneath."""
+        return self._grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """As the grid beneath."""
+        return self._grid.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The run's sites that are online."""
+        return [node for node in self._grid.get_node_ids() if node in self.names]
+
+    def get_nodes(self) -> Iterable[Any]:
+        """As the grid beneath."""
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the grid beneath."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the grid beneath."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send, and wait for all answers, or for the quorum and the grace, or until the time is over.
+
+        A site that failed or is late is named to `failed`; its error is not among the answers.
+        """
+        messages = list(messages)
+        if not messages:
+            return []
+        ids = list(self._grid.push_messages(messages))
+        site = {
+            number: self.names.get(message.metadata.dst_node_id, "?")
+            for number, message in zip(ids, messages, strict=True)
+        }
+        waiting, answers, reasons = set(ids), [], {}
+        began, enough = time.monotonic(), None
+        while waiting and (timeout is None or time.monotonic() - began < timeout):
+            for reply in self._grid.pull_messages(waiting):
+                number = reply.metadata.reply_to_message_id
+                waiting.discard(number)
+                if reply.has_error():
+                    reasons[site[number]] = reply.error.reason or f"error {reply.error.code}"
+                else:
+                    answers.append(reply)
+            if enough is None and len(answers) >= self._quorum * len(ids):
+                enough = time.monotonic()
+            if enough is not None and time.monotonic() - enough > self._grace:
+                break
+            if waiting:
+                time.sleep(POLL)
+        reasons |= {site[number]: "no answer in time" for number in waiting}
+        if reasons:
+            self._failed(reasons)
+        return answers
+
+    def wait(self, timeout: float) -> None:
+        """Wait until every site is online.
+
+        Raises:
+            FederationError: Some are not, after `timeout` seconds.
+        """
+        end = time.monotonic() + timeout
+        while missing := set(self.names) - set(self._grid.get_node_ids()):
+            if time.monotonic() > end:
+                raise FederationError(
+                    f"not online after {timeout:g} s: {', '.join(sorted(self.names[node] for node in missing))}",
+                    expected="every site of the run", todo="start them (dermaflow site join) or name fewer sites",
+                )  # fmt: skip
+            time.sleep(POLL)

@@ -1,0 +1,126 @@
+"""What a federated run is to do: one flat list of choices that the coordinator reads and Flower carries."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from clients.wire import Precision
+from dermaflow.errors import RecipeError
+from dermaflow.learning.optimisation import Scope
+from dermaflow.learning.recipe import Recipe
+
+StrategyName = Literal[
+    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "scaffold", "trimmed_mean", "median", "krum"
+]
+
+
+class Plan(BaseModel):
+    """One federated run. Every field is a key of Flower's ``--run-config``, with hyphens."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: str = Field(description="The recipe as JSON: network, first weights, local training.")
+    strategy: StrategyName = "fedavg"
+    rounds: int = Field(20, ge=1)
+    local_epochs: int = Field(1, ge=1, description="Epochs of each site on its own images in a round.")
+    scope: Scope = Field("all", description="What is trained and sent: head, last_block or all.")
+    head_rounds: int = Field(0, ge=0, description="So many first rounds train the head only.")
+    head: Literal["new", "statistics"] = Field(
+        "new", description="statistics: the first head comes from class sums of all sites, exact in one exchange."
+    )
+    loss: Literal["recipe", "adjusted"] = Field(
+        "recipe", description="adjusted: each site corrects for its own class frequencies (logit adjustment)."
+    )
+    local_norm: bool = Field(False, description="Normalisation layers stay at the site (FedBN).")
+    decay: Literal["cosine", "none"] = Field("cosine", description="Learning rate over the rounds.")
+    average: float = Field(
+        0.0, ge=0, lt=1, description="Decay a round of the averaged model that is kept; 0 keeps the last round's."
+    )
+    precision: Precision = Field("float32", description="Of what a site sends.")
+    proximal_mu: float = Field(0.01, ge=0, description="fedprox only.")
+    server_rate: float = Field(0.0, ge=0, description="Step of the server; 0 for the strategy's own default.")
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm only.")
+    malicious: int = Field(1, ge=0, description="krum and trimmed_mean: so many sites may lie.")
+    largest_update: float = Field(
+        10.0, gt=1, description="An update longer than this many times the median of the round is refused."
+    )
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the sites that train in a round.")
+    min_sites: int = Field(1, ge=1, description="Fewer answers than this, and the run stops.")
+    quorum: float = Field(1.0, gt=0, le=1, description="Share of answers after which only `grace` is waited.")
+    grace: float = Field(5.0, ge=0, description="Seconds.")
+    timeout: float = Field(3600.0, gt=0, description="Seconds that a round may take.")
+    monitor_every: int = Field(1, ge=1, description="Rounds between looks at the sites' calibration splits.")
+    seed: int = Field(0, ge=0, lt=2**31)
+    resamples: int = Field(1000, ge=1, description="Lesion resamples of each site for the intervals.")
+    name: str = Field(
+        "", description="Under which sites remember the run, so that it can go on; by default its number."
+    )
+    sites: str = Field("", description="Names of the sites and their node ids: a=123,b=456. A simulation has its own.")
+    shards: str = Field("", description="Simulation only: shard folder that is divided among the sites.")
+    partition: str = Field(
+        "natural",
+        description="Simulation only: natural (HAM10000's sources), iid:N or dirichlet:ALPHA:N; with +pooled, one more "
+        "site that holds everything.",
+    )
+    only: str = Field("", description="Simulation only: the sites that train, comma-separated; all are evaluated.")
+    out: str = Field(description="Folder of the result, on the coordinator's machine.")
+
+    @property
+    def parsed_recipe(self) -> Recipe:
+        """The recipe; raises RecipeError if it is none."""
+        try:
+            return Recipe.model_validate_json(self.recipe)
+        except ValidationError as error:
+            raise RecipeError(str(error), where="recipe") from error
+
+    def run_config(self) -> dict[str, Any]:
+        """As Flower carries it."""
+        return {name.replace("_", "-"): value for name, value in self.model_dump().items()}
+
+    @classmethod
+    def from_run_config(cls, config: dict[str, Any]) -> Plan:
+        """Read what Flower carried; keys of others are left out."""
+        known = {name.replace("_", "-"): name for name in cls.model_fields}
+        return cls.model_validate({known[key]: value for key, value in config.items() if key in known})
+
+    def node_ids(self) -> dict[int, str]:
+        """Names of the sites by node id; empty in a simulation."""
+        found = {}
+        for entry in filter(None, self.sites.split(",")):
+            name, _, node = entry.strip().rpartition("=")
+            if not name or not node.isdigit():
+                raise RecipeError(f"{entry!r} is no site", where="sites", expected="name=node-id, comma-separated")
+            found[int(node)] = name
+        return found
+
+
+class Order(BaseModel):
+    """What a site is asked to do with the weights that come along."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run: str
+    round: int
+    rounds: int
+    strategy: StrategyName
+    recipe: Recipe
+    scope: Scope
+    local_epochs: int = 1
+    rate: float = 1.0  # of the recipe's learning rates
+    adjusted: bool = False
+    local_norm: bool = False
+    mu: float = 0.0
+    monitor: bool = False
+    precision: Precision = "float32"
+    seed: int = 0
+    resamples: int = 0
+    details: str = ""  # JSON of a question that needs more
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """The details, parsed."""
+        parsed: dict[str, Any] = json.loads(self.details) if self.details else {}
+        return parsed

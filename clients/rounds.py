@@ -1,0 +1,258 @@
+"""Rounds of training: Flower's strategies do the sums, this adds what every run needs around them."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, FedYogi, Krum, Strategy
+
+from clients.grid import FederationError, SiteGrid
+from clients.messages import ARRAYS, METRICS, order_record, read_update
+from clients.plan import Order, Plan
+from clients.scaffold import CONTROL, Scaffold
+from clients.site import Layouts, Model, Update
+from clients.wire import WireError, merge_norm
+from dermaflow.learning.optimisation import Scope
+
+_STATE = ("m_t", "v_t", "momentum_vector", "control")
+"""What Flower's strategies and ours remember between rounds."""
+
+
+def make_strategy(plan: Plan, sites: int) -> FedAvg:
+    """The strategy that a plan names, over `sites` sites."""
+    options: dict[str, Any] = {
+        "fraction_train": plan.fraction, "min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1,
+    }  # fmt: skip
+    rate = plan.server_rate
+    match plan.strategy:
+        case "fedavgm":
+            return FedAvgM(server_learning_rate=rate or 1.0, server_momentum=plan.server_momentum, **options)
+        case "fedadam":
+            return FedAdam(eta=rate or 1e-3, beta_1=0.9, beta_2=0.99, **options)
+        case "fedyogi":
+            return FedYogi(eta=rate or 1e-3, beta_1=0.9, beta_2=0.99, **options)
+        case "scaffold":
+            return Scaffold(sites=sites, rate=rate or 1.0, **options)
+        case "trimmed_mean":
+            return FedTrimmedAvg(beta=min(plan.malicious / sites, 0.49), **options)
+        case "median":
+            return FedMedian(**options)
+        case "krum":
+            return Krum(num_malicious_nodes=plan.malicious, **options)
+    return FedAvg(**options)  # fedprox too: its pull is the site's work
+
+
+@dataclass
+class RoundRecord:
+    """What is known of a round.
+
+    Attributes:
+        round: Its number, from 1, over all phases.
+        scope: What was trained.
+        seconds: From the first message to the new model.
+        sites: Figures of each site that answered: images, loss, seconds, sent and received bytes.
+        failed: Sites that did not, and why.
+        confusion: int [7, 7] of the model that the round began with, over the answering sites' calibration splits.
+    """
+
+    round: int
+    scope: Scope
+    seconds: float = 0.0
+    sites: dict[str, dict[str, float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    confusion: np.ndarray | None = None
+
+
+class SiteRounds(Strategy):
+    """Wraps a strategy of Flower: checks answers, merges normalisation statistics, keeps the average of the rounds.
+
+    Args:
+        plan: The run.
+        order: What the sites are asked, for round 1; the round and the learning rate are filled in.
+        layouts: Of the messages.
+        model: The model to start from, with `rest`.
+        first: Number of the first round of this phase, from 1.
+        last: Number of the last.
+        on_round: Called with each finished round.
+    """
+
+    def __init__(
+        self, plan: Plan, order: Order, layouts: Layouts, model: Model, first: int, last: int, sites: int,
+        on_round: Callable[[RoundRecord], None] = lambda record: None,
+    ) -> None:  # fmt: skip
+        self.plan, self.order, self.layouts = plan, order, layouts
+        self.first, self.last = first, last
+        self.inner = make_strategy(plan, sites)
+        self.model = model
+        self.average: Model | None = None
+        self.record = RoundRecord(first, order.scope)
+        self._on_round = on_round
+        self._knows_rest: set[int] = set()
+        self._began = 0.0
+        self._names: dict[int, str] = {}
+
+    @property
+    def kept(self) -> Model:
+        """The model to keep: the average of the rounds, or the last."""
+        return self.average or self.model
+
+    def failed(self, reasons: dict[str, str]) -> None:
+        """Note sites that did not answer."""
+        self.record.failed |= reasons
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Orders for the sites that the strategy draws."""
+        assert isinstance(grid, SiteGrid)
+        number = self.first + server_round - 1
+        self.record, self._began = RoundRecord(number, self.order.scope), time.monotonic()
+        self._names = grid.names
+        order = self.order.model_copy(
+            update={
+                "round": number, "rate": self._rate(number),
+                "monitor": (number - 1) % self.plan.monitor_every == 0,
+            }
+        )  # fmt: skip
+        random.seed(self.plan.seed * 1009 + number)  # the strategy draws the sites by it
+        messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        for message in messages:
+            sent = message.content.array_records[ARRAYS]
+            control = sent[CONTROL].numpy() if CONTROL in sent else None
+            rest = None if message.metadata.dst_node_id in self._knows_rest else self.model.rest
+            model = Model(self.model.weights, self.model.norm, rest, control)
+            message.content = order_record(order, model, self.layouts)
+            site = self._names[message.metadata.dst_node_id]
+            self.record.sites[site] = {"received": float(_bytes(message.content))}
+        return messages
+
+    def _rate(self, number: int) -> float:
+        """Share of the learning rate: half a cosine over all rounds, never quite zero."""
+        if self.plan.decay == "none":
+            return 1.0
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (number - 1) / self.plan.rounds))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check the answers, let the strategy move the weights, merge the statistics."""
+        good: list[tuple[Message, Update]] = []
+        for reply in replies:
+            site = self._names[reply.metadata.src_node_id]
+            self.record.sites[site]["sent"] = float(_bytes(reply.content))
+            try:
+                good.append((reply, read_update(reply.content, self.layouts)))
+                self._knows_rest.add(reply.metadata.src_node_id)
+            except WireError as error:
+                self.record.failed[site] = f"refused: {error}"
+        good = self._without_giants(good)
+        for site in self.record.failed:
+            self.record.sites.pop(site, None)
+        if len(good) < self.plan.min_sites:
+            raise FederationError(
+                f"{len(good)} sites answered round {self.record.round}; {self.record.failed or 'none failed'}",
+                expected=f"at least {self.plan.min_sites}", todo="look at the sites named, then submit the run again",
+            )  # fmt: skip
+        for reply, update in good:
+            site = self._names[reply.metadata.src_node_id]
+            self.record.sites[site] |= update.figures
+            arrays = {"weights": Array(self.model.weights + update.delta)}
+            if update.control is not None:
+                arrays[CONTROL] = Array(update.control)
+            figures = {"num-examples": update.figures["images"], "loss": update.figures["loss"]}
+            reply.content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord(figures)})
+        found, metrics = self.inner.aggregate_train(server_round, [reply for reply, _ in good])
+        updates = [update for _, update in good]
+        images = [update.figures["images"] for update in updates]
+        if found is not None:
+            weights = found["weights"].numpy().astype(np.float32)  # Flower's optimisers compute in float64
+            norm = self.model.norm
+            if norm.size:
+                norm = merge_norm([update.norm for update in updates], images, self.layouts.norm)
+            self.model = Model(weights, norm, self.model.rest)
+            self._average()
+        seen = [update.confusion for update in updates if update.confusion is not None]
+        self.record.confusion = np.sum(seen, axis=0) if seen else None
+        self.record.seconds = time.monotonic() - self._began
+        self._on_round(self.record)
+        return ArrayRecord({"weights": Array(self.model.weights)}), metrics
+
+    def _without_giants(self, good: list[tuple[Message, Update]]) -> list[tuple[Message, Update]]:
+        """Leave out updates that are far longer than the others'; with two or fewer there is no telling."""
+        if len(good) < 3:
+            return good
+        lengths = [float(np.linalg.norm(update.delta)) for _, update in good]
+        middle = float(np.median(lengths))
+        kept = []
+        for pair, length in zip(good, lengths, strict=True):
+            if length > self.plan.largest_update * middle:
+                site = self._names[pair[0].metadata.src_node_id]
+                self.record.failed[site] = f"refused: its update is {length / middle:.0f} times as long as the median"
+            else:
+                kept.append(pair)
+        return kept
+
+    def _average(self) -> None:
+        if not self.plan.average:
+            return
+        old = self.average or self.model
+        share = self.plan.average
+        mixed = [
+            share * a + (1 - share) * b for a, b in ((old.weights, self.model.weights), (old.norm, self.model.norm))
+        ]
+        self.average = Model(mixed[0], mixed[1], self.model.rest)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing: sites look at the model when it comes for the next round."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Flower's own lines."""
+        self.inner.summary()
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that a later process needs to go on after the last round."""
+        arrays = {"weights": self.model.weights, "norm": self.model.norm}
+        if self.average is not None:
+            arrays |= {"average.weights": self.average.weights, "average.norm": self.average.norm}
+        for name in _STATE:
+            value = getattr(self.inner, name, None)
+            if isinstance(value, dict):
+                value = value["weights"]
+            elif isinstance(value, list):
+                value = value[0]
+            if value is not None:
+                arrays[f"strategy.{name}"] = np.asarray(value)
+        return arrays
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Go on from `state`."""
+        self.model = Model(arrays["weights"], arrays["norm"], self.model.rest)
+        if "average.weights" in arrays:
+            self.average = Model(arrays["average.weights"], arrays["average.norm"], self.model.rest)
+        for name in _STATE:
+            value: Any = arrays.get(f"strategy.{name}")
+            if value is not None:
+                if name in ("m_t", "v_t"):
+                    value = {"weights": value}
+                elif name == "momentum_vector":
+                    value = [value]
+                setattr(self.inner, name, value)
+
+
+def _bytes(content: RecordDict) -> int:
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())

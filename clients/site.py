@@ -1,0 +1,287 @@
+"""What a site does when it is asked: train, describe, count. It knows nothing of the network in between."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from clients.memory import Memory
+from clients.plan import Order
+from clients.site_data import SiteData
+from clients.wire import Layout, layout_of, norm_layout, norm_parameters, pack, rest_layout, unpack
+from dermaflow.errors import DataError
+from dermaflow.learning.backbones import BackboneConfig, Network, build
+from dermaflow.learning.inference import predict
+from dermaflow.learning.linear_head import ClassSums, class_sums
+from dermaflow.learning.local import class_counts, memory_feed
+from dermaflow.learning.loop import Run, fit
+from dermaflow.learning.optimisation import Scope, pick_device
+from dermaflow.learning.recipe import Recipe
+from dermaflow.preparation.balancing import balance
+from dermaflow.schemas.shard import Split
+from dermaflow.settings import settings
+from dermaflow.trust.thresholds import resample
+
+
+@dataclass
+class Model:
+    """A network in pieces, as it travels.
+
+    Attributes:
+        weights: float32 [size of `layout_of`], what is trained and shared.
+        norm: float32 [size of `norm_layout`], running statistics of normalisation layers that training moves.
+        rest: float32, everything else, sent once; None where the site has it already.
+        control: float32 like `weights`, SCAFFOLD's control variate of the coordinator; None without SCAFFOLD.
+    """
+
+    weights: np.ndarray
+    norm: np.ndarray
+    rest: np.ndarray | None = None
+    control: np.ndarray | None = None
+
+
+@dataclass
+class Update:
+    """What a site answers after training.
+
+    Attributes:
+        delta: float32, new weights less those received.
+        norm: float32, the site's running statistics.
+        control: float32, change of the site's control variate; None without SCAFFOLD.
+        figures: ``images``, ``loss``, ``seconds`` and, where asked, ``val_*`` of the received model.
+        confusion: int [7, 7], truth by prediction of the received model on the calibration split; None if not asked.
+    """
+
+    delta: np.ndarray
+    norm: np.ndarray
+    control: np.ndarray | None
+    figures: dict[str, float]
+    confusion: np.ndarray | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Names and shapes of a `Model`'s pieces."""
+
+    weights: Layout
+    norm: Layout
+    rest: Layout
+
+    @classmethod
+    def of(cls, order: Order) -> Layouts:
+        """For what an order trains."""
+        return cls._of(order.recipe.backbone.model_dump_json(), order.scope, order.local_norm)
+
+    @classmethod
+    @lru_cache(maxsize=16)
+    def _of(cls, backbone: str, scope: Scope, local_norm: bool) -> Layouts:
+        network = empty_network(BackboneConfig.model_validate_json(backbone))
+        weights = layout_of(network, scope, local_norm=local_norm)
+        norm = norm_layout(network, scope)
+        return cls(weights, norm, rest_layout(network, weights, norm))
+
+
+def empty_network(config: BackboneConfig) -> Network:
+    """A network whose tensors have names and shapes, but no numbers yet."""
+    with torch.device("meta"):
+        return build(config.model_copy(update={"weights": None}))
+
+
+class Site:
+    """One hospital's images and what it remembers of a run."""
+
+    def __init__(self, data: SiteData, memory: Memory) -> None:
+        self.data = data
+        self.memory = memory
+
+    def train(self, order: Order, model: Model) -> Update:
+        """Train the received model on the site's training split.
+
+        The received model is looked at first, on the calibration split, so that no message is needed for it alone.
+
+        Raises:
+            DataError: The site has no training image.
+        """
+        torch.set_num_threads(settings().threads)
+        network = self.network(order, model)
+        layouts = Layouts.of(order)
+        labels = self.data.labels("train")
+        if not len(labels):
+            raise DataError("no training image", where=self.data.name)
+        seen = self._confusion(network, order, "calibration") if order.monitor else None
+        recipe = local_recipe(order, self.data.name)
+        size = recipe.input.height, recipe.input.width
+        rule = balance(class_counts(labels), recipe.balance)
+        correction = Correction(network, layouts.weights, order, model.control, self.memory)
+        run = Run(
+            recipe, memory_feed(self.data.pixels("train", *size), labels, rule, recipe), rule,
+            class_counts(labels) / len(labels), self.data.data_hash, pick_device(), correct=correction,
+        )  # fmt: skip
+        network, history = fit(network, run)
+        delta = pack(network.state_dict(), layouts.weights) - model.weights
+        norm = pack(network.state_dict(), layouts.norm)
+        if order.local_norm:
+            own = {name: t for name, t in network.state_dict().items() if name in _own_names(network)}
+            self.memory.keep("norm", **{name: tensor.numpy() for name, tensor in own.items()})
+        figures = {"images": float(len(labels)), "loss": history[-1]["loss"]}
+        figures["seconds"] = sum(entry["seconds"] for entry in history)
+        return Update(delta, norm, correction.finish(), figures, seen)
+
+    def network(self, order: Order, model: Model) -> Network:
+        """The received model, whole, with the site's own normalisation where that is the order.
+
+        Raises:
+            DataError: A part that is sent once never came here.
+        """
+        layouts = Layouts.of(order)
+        if layouts.rest.size and model.rest is not None:
+            self.memory.keep("rest", rest=model.rest)
+        rest = self.memory.recall("rest")
+        if layouts.rest.size and (rest is None or rest["rest"].shape != (layouts.rest.size,)):
+            raise DataError("the part of the model that is not trained never came", where=self.data.name)
+        tensors = unpack(model.weights, layouts.weights) | unpack(model.norm, layouts.norm)
+        if rest is not None and layouts.rest.size:
+            tensors |= unpack(rest["rest"], layouts.rest)
+        if order.local_norm and (own := self.memory.recall("norm")):
+            tensors |= {name: torch.from_numpy(array) for name, array in own.items()}
+        network = empty_network(order.recipe.backbone)
+        for name in network.state_dict():
+            if name.endswith("num_batches_tracked"):
+                tensors[name] = torch.zeros((), dtype=torch.int64)
+        network.load_state_dict(tensors, assign=True)
+        return network
+
+    def class_sums(self, order: Order, model: Model) -> ClassSums:
+        """Sums of the features of the training split."""
+        _, features = self._predict(self.network(order, model), order, "train")
+        return class_sums(features, self.data.labels("train"))
+
+    def evaluate(self, order: Order, model: Model) -> dict[str, np.ndarray]:
+        """Counts on the test split, never a score of an image.
+
+        Returns:
+            ``confusion`` int64 [7, 7], truth by prediction; ``hits`` and ``totals`` int64 [R, 7] in each resample of
+            the site's lesions; ``lesions`` int64 [7].
+        """
+        logits, _ = self._predict(self.network(order, model), order, "test")
+        labels, found = self.data.labels("test"), logits.argmax(1)
+        lesions = self.data.metadata("test")["lesion_id"].to_numpy()
+        confusion = np.zeros((7, 7), np.int64)
+        np.add.at(confusion, (labels, found), 1)
+        truth = np.eye(7, dtype=np.int64)[labels]
+        counts = {"hits": np.zeros((order.resamples, 7), np.int64), "totals": np.zeros((order.resamples, 7), np.int64)}
+        if len(labels):
+            drawn = resample(lesions, order.seed, order.resamples)
+            counts = {"hits": drawn @ (truth * (found == labels)[:, None]), "totals": drawn @ truth}
+        of_class = [len(set(lesions[labels == k])) for k in range(7)]
+        return {"confusion": confusion, "lesions": np.array(of_class, np.int64), **counts}
+
+    def _confusion(self, network: Network, order: Order, split: Split) -> np.ndarray:
+        logits, _ = self._predict(network, order, split)
+        counts = np.zeros((7, 7), np.int64)
+        np.add.at(counts, (self.data.labels(split), logits.argmax(1)), 1)
+        return counts
+
+    def _predict(self, network: Network, order: Order, split: Split) -> tuple[np.ndarray, np.ndarray]:
+        spec = order.recipe.input_spec
+        if split != "test":
+            spec = spec.model_copy(update={"views": 1})
+        pixels = self.data.pixels(split, spec.height, spec.width)
+        if not len(pixels):
+            return np.zeros((0, 7), np.float32), np.zeros((0, network.head.in_features), np.float32)
+        device = pick_device()
+        network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return predict(network, pixels, spec, batch_size=256 if device.type == "cuda" else 64)
+
+
+class Correction:
+    """Changes local gradients: FedProx's pull to the received weights, SCAFFOLD's control variates.
+
+    FedProx: Li et al., MLSys 2020 (arXiv 1812.06127). SCAFFOLD: Karimireddy et al., ICML 2020 (arXiv 1910.06378). There
+    a site's new variate is, in option II, ``c_i - c + (x - y) / (K lr)``. With plain gradient descent that is the mean
+    of the gradients that the site saw, and so it is computed here: it then means the same under every optimiser.
+    """
+
+    def __init__(
+        self, network: Network, layout: Layout, order: Order, control: np.ndarray | None, memory: Memory
+    ) -> None:
+        self._memory, self._layout, self._mu = memory, layout, order.mu
+        self._steps = 0
+        self._received: dict[str, torch.Tensor] = {}
+        self._shift: dict[str, torch.Tensor] | None = None
+        self._seen: dict[str, torch.Tensor] = {}
+        if order.mu:
+            self._received = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
+        if control is not None:
+            kept = memory.recall("control")
+            self._own = np.zeros_like(control) if kept is None else kept["control"]
+            self._shift = unpack(control - self._own, layout)
+
+    def __call__(self, network: Network) -> None:
+        if not self._mu and self._shift is None:
+            return
+        self._steps += 1
+        for name, parameter in network.named_parameters():
+            if parameter.grad is None:
+                continue
+            if self._mu:
+                self._received[name] = self._received[name].to(parameter.device)
+                parameter.grad.add_(parameter.detach() - self._received[name], alpha=self._mu)
+            if self._shift is not None and name in self._shift:
+                if self._shift[name].device != parameter.device:
+                    self._shift[name] = self._shift[name].to(parameter.device)
+                if name in self._seen:
+                    self._seen[name].add_(parameter.grad)
+                else:
+                    self._seen[name] = parameter.grad.detach().clone()
+                parameter.grad.add_(self._shift[name])
+
+    def finish(self) -> np.ndarray | None:
+        """Change of the site's control variate, which it keeps from now on."""
+        if self._shift is None:
+            return None
+        mean = {name: seen / self._steps for name, seen in self._seen.items()}
+        new = pack(mean, self._layout)
+        self._memory.keep("control", control=new)
+        change: np.ndarray = new - self._own
+        return change
+
+
+def local_recipe(order: Order, site: str) -> Recipe:
+    """The recipe of a site's own epochs in a round: a constant rate, and a seed of this site and round."""
+    recipe = order.recipe
+    head = order.scope == "head"
+    optim = recipe.optim.model_copy(
+        update={
+            "head_epochs": order.local_epochs if head else 0,
+            "epochs": 0 if head else order.local_epochs,
+            "trained": "all" if head else order.scope,
+            "lr": recipe.optim.lr * order.rate,
+            "head_lr": recipe.optim.head_lr * order.rate,
+            "schedule": "constant",
+            "ema": 0.0,
+            "patience": None,
+        }
+    )
+    loss = recipe.loss
+    weights = recipe.balance
+    if order.adjusted:
+        loss = loss.model_copy(update={"name": "logit_adjusted", "tau": 1.0})
+        weights = weights.model_copy(update={"strategy": "none"})
+    seed = int.from_bytes(hashlib.sha256(f"{order.seed}/{order.round}/{site}".encode()).digest()[:4], "big")
+    return recipe.model_copy(
+        update={
+            "optim": optim, "loss": loss, "balance": weights, "seed": seed, "validation_fold": None,
+            "input": recipe.input.model_copy(update={"small_epochs": 0}),
+        }
+    )  # fmt: skip
+
+
+def _own_names(network: Network) -> set[str]:
+    """Parameters and statistics of normalisation layers that keep statistics."""
+    statistics = {name for name in network.state_dict() if name.endswith((".running_mean", ".running_var"))}
+    return norm_parameters(network) | statistics
