@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 CONNECTION = "hub"
 """Name of the connection that the hub writes for operators: ``flwr list hub``."""
 HOME = "flower"  # FLWR_HOME in the state folder
+DATABASE = "hub.db"
 ORPHAN = 120.0  # seconds without a hub after which the process of the runs ends; Flower gives a run up after 60
 
 
@@ -91,7 +92,9 @@ async def _serve(options: HubOptions, secret: bytes, audit: AuditLog) -> None:
     from flwr.superlink.main import create_app
 
     from clients.guard import Admin, Public
+    from clients.hub_recovery import survive_kills
 
+    survive_kills(options.state / DATABASE)
     app = create_app(_flower_config(options, secret), SuperLinkLifespan)
     links = app.state.linkstate_factory
 
@@ -143,7 +146,7 @@ def _flower_config(options: HubOptions, secret: bytes) -> Any:
         superexec_auth_secret=secret, authn_plugin=load_control_authn_plugin(), event_log_plugin=None,
         fleet_event_log_plugin=None, enable_event_log=False, artifact_provider=None, enable_supernode_auth=True,
         simulation=False, ssl_ca_certfile=str(options.ca), ssl_certfile=str(options.certificate),
-        ssl_keyfile=str(options.key), database=str(options.state / "hub.db"), isolation=ISOLATION_MODE_PROCESS,
+        ssl_keyfile=str(options.key), database=str(options.state / DATABASE), isolation=ISOLATION_MODE_PROCESS,
         runtime_dependency_install=False,
     )  # fmt: skip
 

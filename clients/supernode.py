@@ -92,6 +92,7 @@ def _hurry(loop: Any) -> None:
 def _audit(loop: Any, folder: Path, log: AuditLog) -> None:
     """Log the way in and out of every message; what cannot be logged is not done."""
     connect, pull_and_store, push = loop._init_connection, loop._pull_and_store_message, loop._push_messages
+    had: set[str] = set()  # a hub that was killed hands over again what it is not sure of
 
     @contextmanager
     def connected(*args: Any, **options: Any) -> Iterator[Any]:
@@ -108,8 +109,10 @@ def _audit(loop: Any, folder: Path, log: AuditLog) -> None:
         received, sizes = [], []  # objects are pulled by several threads; appending is atomic
 
         def receive() -> Any:
-            if (found := calls["receive"]()) is not None:
-                received.append(found[0])
+            found = calls["receive"]()
+            if found is None or found[0].metadata.message_id in had:
+                return None
+            received.append(found[0])
             return found
 
         def pull_object(run_id: int, object_id: str) -> bytes:
@@ -119,6 +122,8 @@ def _audit(loop: Any, folder: Path, log: AuditLog) -> None:
 
         run_id: int | None = pull_and_store(**calls | {"receive": receive, "pull_object": pull_object})
         for message in received:
+            if run_id is not None:
+                had.add(message.metadata.message_id)
             log.append("message in", **_described(message), bytes=sum(sizes), taken=run_id is not None)
         return run_id
 
