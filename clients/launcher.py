@@ -205,4 +205,5 @@ def main(folder: Path, address: str, modules: list[str]) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("flwr").propagate = False  # it writes for itself
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # or it tells of every request
     main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 NODE_NAME, LOCK_NAME, LOG_NAME = "run/node.json", "run/node.lock", "run/node.log"
 PRELOAD = ("torch", "torchvision", "clients.client_app")
-LONGEST_WAIT = 15.0  # seconds between two starts
+LONGEST_WAIT = 8.0  # seconds between two starts
 STEADY = 60.0  # seconds after which a process has proved itself, and its next start is not delayed
 PATIENCE = 12.0  # seconds to leave in; Flower itself takes up to 5
 LARGEST_LOG = 16 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import ssl
 import stat
@@ -168,6 +169,7 @@ def look_at_hub(site: SiteConfig) -> HubView:
     """
     import httpx
 
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # or it tells of every request
     try:
         context = ssl.create_default_context(cafile=str(site.root_certificate))
     except (OSError, ssl.SSLError) as error:

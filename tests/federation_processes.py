@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from clients.hub import HubError, ask_hub, register_site
 from clients.policy import approve
 from clients.site_config import SiteConfig, make_site
@@ -210,11 +212,7 @@ def rounds(out: Path) -> list[dict[str, Any]]:
 
 def family(process: int) -> list[int]:
     """A process and all below it."""
-    found = [process]
-    for pid in found:
-        listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
-        found += [int(child) for child in listed.split()]
-    return found
+    return [process, *(child.pid for child in psutil.Process(process).children(recursive=True))]
 
 
 def kill_all(processes: list[int]) -> None:
