@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from clients.audit import AuditLog
 from clients.policy import PolicyError, Refused, app_refusal, load_policy
 from clients.site_config import AUDIT_NAME
-from clients.supernode import SECRET_NAME, end_with_parent
+from clients.supernode import DIED, SECRET_NAME, end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +67,15 @@ class Launcher:
 
         try:
             while os.getppid() == self._parent:
-                with contextlib.suppress(httpx.HTTPError):  # the SuperNode starts, or starts again
+                try:
                     found = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
                     if found.HasField("task") and found.token:
                         self._fork(found.token)
+                except httpx.HTTPStatusError as error:
+                    log.warning("no work: %s", error)
+                    time.sleep(5)
+                except httpx.HTTPError:  # the SuperNode starts, or starts again
+                    pass
                 self._reap()
                 time.sleep(POLL)
         finally:
@@ -98,7 +103,7 @@ class Launcher:
             if os.WIFSIGNALED(status):  # too little memory, for instance: it could not answer itself
                 name = signal.Signals(os.WTERMSIG(status)).name
                 self.audit.append("app died", signal=name)
-                self._answer_for(token, f"the app was ended by {name}")
+                self._answer_for(token, f"{DIED} {name}")
 
     def _answer_for(self, token: str, details: str) -> None:
         import httpx

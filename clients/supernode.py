@@ -25,6 +25,9 @@ from dermaflow import storage
 STATE_NAME = "run/supernode.json"
 SECRET_NAME = "run/secret"
 PAUSES = {3: 0.3, 0.5: 0.1}  # seconds: Flower's pauses without a message and without a reply, and those used here
+DIED = "the app was ended by"
+UNANSWERED = (DIED, "ClientApp task failed due to unknown reason")
+"""How a task's details begin when its app ended without an answer: by a signal, or asked to end."""
 LONGEST_RETRY = 3.0  # seconds between two tries while the hub is away; Flower waits up to 20
 HEARTBEAT = 15  # seconds; the hub takes a site for gone after twice that. Flower has 30; the least it allows is 10
 
@@ -171,19 +174,32 @@ def _tell_failures(folder: Path) -> None:
         leave(code, message, *args, **options)
 
     connection.flwr_exit = tell_and_leave  # type: ignore[assignment]
-    finish = states.InMemoryNodeState.finish_task
+    finish, expire = states.InMemoryNodeState.finish_task, states.InMemoryNodeState._on_task_tokens_expired
 
     def finish_and_answer(self: Any, task_id: int, sub_status: str, details: str) -> bool:
-        # Flower waits for a minute of silence before it answers for an app that was killed; an app that raised has
-        # answered by now, and then this adds nothing
+        # Flower waits for a minute of silence before it answers for an app that was killed
         finished = finish(self, task_id, sub_status, details)
-        if finished and sub_status == SubStatus.FAILED:
-            for task in self.get_tasks(task_ids=[task_id]):
-                if task.type == TaskType.CLIENT_APP:
-                    self._store_error_replies({task.run_id}, states.CLIENT_APP_CRASHED_ERROR)
+        if finished and sub_status == SubStatus.FAILED and details.startswith(UNANSWERED):
+            runs = {task.run_id for task in self.get_tasks(task_ids=[task_id]) if task.type == TaskType.CLIENT_APP}
+            _count_as_begun(self, runs)
+            self._store_error_replies(runs, states.CLIENT_APP_CRASHED_ERROR)
         return finished
 
+    def expire_and_answer(self: Any, tasks: list[Any]) -> None:
+        _count_as_begun(self, {task.run_id for task in tasks})
+        expire(self, tasks)
+
     states.InMemoryNodeState.finish_task = finish_and_answer  # type: ignore[method-assign]
+    states.InMemoryNodeState._on_task_tokens_expired = expire_and_answer  # type: ignore[method-assign]
+
+
+def _count_as_begun(state: Any, runs: set[int]) -> None:
+    """Flower answers only for messages that the dead app had fetched, and waits for ever for the answer to others."""
+    with state.lock_msg_store:
+        for entry in state.msg_store.values():
+            about = entry.message.metadata
+            if about.run_id in runs and not about.reply_to_message_id:
+                entry.is_retrieved = True
 
 
 if __name__ == "__main__":
