@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from federation_processes import MAKE_CERTIFICATES, Federation, family, federation, kill_all, rounds, until, write_app
 from typer.testing import CliRunner
@@ -340,9 +341,10 @@ def two_sites(folder: Path) -> Iterator[tuple[Federation, Path]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_hub_killed_again_and_again_loses_no_round(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [7, 8])
+def test_a_hub_killed_again_and_again_loses_no_round(tmp_path: Path, seed: int) -> None:
     """At moments drawn by chance, while 20 MB travel to and from each site in pieces: no answer may be missing."""
-    chance = random.Random(7)
+    chance = random.Random(seed)
     with two_sites(tmp_path) as (here, app):
         run, out = here.run(app, rounds=10, numbers=5_000_000)
         kills = 0
@@ -365,6 +367,20 @@ def test_a_hub_killed_again_and_again_loses_no_round(tmp_path: Path) -> None:
         ]
         assert finished(here, run) == "finished:completed"
         verify(here.state / "audit.jsonl")
+
+
+@pytest.mark.slow
+def test_a_launcher_killed_with_its_app_is_answered_for_and_replaced(tmp_path: Path) -> None:
+    with two_sites(tmp_path) as (here, app):
+        _, out = here.run(app, rounds=2, seconds=5.0)
+        pid = until(lambda: (path := tmp_path / "site-a/run/app.pid").exists() and int(path.read_text()), 40)
+        launcher = psutil.Process(pid).parent()
+        assert launcher is not None and "clients.launcher" in launcher.cmdline()
+        launcher.kill()
+        until(lambda: len(rounds(out)) == 2, 60)
+        first, second = rounds(out)
+        assert first["failed"] == {here.ids["site-a"]: "ClientApp stopped responding."} and first["seconds"] < 20
+        assert second["answers"] == 2
 
 
 @pytest.mark.slow
