@@ -15,6 +15,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -62,7 +63,7 @@ def run_hub(options: HubOptions) -> None:
     """Run until SIGTERM or Ctrl-C. Call it in the main thread.
 
     Raises:
-        HubError: A certificate is missing, or a hub with this state folder runs already.
+        HubError: A certificate is missing, a port is taken, or a hub with this state folder runs already.
     """
     options = options.model_copy(
         update={name: getattr(options, name).absolute() for name in ("state", "ca", "certificate", "key")}
@@ -70,6 +71,8 @@ def run_hub(options: HubOptions) -> None:
     for file in (options.ca, options.certificate, options.key):
         if not file.is_file():
             raise HubError("no such file", where=file, todo="make them: deploy/federation/make_certificates.sh")
+    for host, port in ((options.host, options.port), ("127.0.0.1", options.admin_port)):
+        _check_port(host, port)
     home = options.state / HOME
     home.mkdir(parents=True, exist_ok=True)
     go_offline(home)
@@ -84,6 +87,16 @@ def run_hub(options: HubOptions) -> None:
         finally:
             _stop_runs(options.state, runs)
             audit.append("hub stopped")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise HubError if something listens there: uvicorn would end the process and name neither file nor remedy."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise HubError(f"port {port}: {error.strerror}", where=host, todo="choose another port") from None
 
 
 async def _serve(options: HubOptions, secret: bytes, audit: AuditLog) -> None:
@@ -124,14 +137,10 @@ async def _serve(options: HubOptions, secret: bytes, audit: AuditLog) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, leave)
     served = [asyncio.create_task(each.serve()) for each in (admin, public)]
-    # One that ends, for instance because its port is taken, ends the other
+    # One that ends, ends the other
     await asyncio.wait(served, return_when=asyncio.FIRST_COMPLETED)
     leave()
-    for result in await asyncio.gather(*served, return_exceptions=True):
-        if isinstance(result, SystemExit):
-            raise HubError("a port is taken", where=f"{options.port} or {options.admin_port}", todo="choose others")
-        if isinstance(result, BaseException):
-            raise result
+    await asyncio.gather(*served)
 
 
 def _flower_config(options: HubOptions, secret: bytes) -> Any:

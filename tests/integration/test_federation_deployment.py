@@ -25,7 +25,7 @@ from federation_processes import MAKE_CERTIFICATES, Federation, family, federati
 from typer.testing import CliRunner
 
 from clients.audit import entries, verify
-from clients.hub import HubError, ask_hub, is_locked
+from clients.hub import HubError, HubOptions, ask_hub, is_locked, run_hub
 from clients.node import read_state, running
 from clients.offline import environment
 from clients.site_checks import CertificateError, look_at_hub
@@ -212,6 +212,13 @@ def test_a_second_hub_or_node_in_the_same_folder_is_refused(fed: Federation) -> 
     )  # fmt: skip
     assert "has joined already" in again.stderr
     assert running(fed.folder / "site-a")
+    certs = fed.certificates
+    options = HubOptions(
+        state=fed.folder / "second", host="127.0.0.1", port=fed.port, ca=certs / "ca.crt",
+        certificate=certs / "server.crt", key=certs / "server.key",
+    )  # fmt: skip
+    with pytest.raises(HubError, match=f"port {fed.port}"):
+        run_hub(options)
 
 
 def test_the_hub_leaves_no_process_and_tells_when_it_is_not_there(fed: Federation) -> None:
