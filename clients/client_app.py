@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,17 @@ from flwr.clientapp import ClientApp
 from clients.memory import Memory
 from clients.messages import ARRAYS, CONFIG, read_model, read_order, update_record
 from clients.plan import Order, Plan
+from clients.policy import Refused, load_policy, refusal
 from clients.site import Layouts, Model, Site
 from clients.site_config import load_site
 from clients.site_data import SiteData, simulated_sites
+from clients.wire import WireError
 from dermaflow.settings import start_logging
+from dermaflow.taxonomy import CODES
 
 app = ClientApp()
+FOLDER = "site-folder"
+"""Key of a real SuperNode's configuration: the site's folder, with its configuration, policy and memory."""
 
 
 @app.train()
@@ -30,8 +36,7 @@ def train(message: Message, context: Context) -> Message:
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
     """The site's name, and how many images of each class each split has."""
-    order = read_order(message.content)
-    site = _site(order, context)
+    _, site = _asked(message, context)
     counts = {name: Array(np.array(value, np.int64)) for name, value in site.data.counts().items()}
     return _answer(message, site, counts)
 
@@ -53,23 +58,37 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _read(message: Message, context: Context) -> tuple[Order, Site, Model, Layouts]:
+    order, site = _asked(message, context)
+    try:
+        return order, site, read_model(message.content, order), Layouts.of(order)
+    except WireError as error:
+        raise Refused(str(error)) from error
+
+
+def _asked(message: Message, context: Context) -> tuple[Order, Site]:
+    """What is asked, and the site that the policy lets answer; a refusal goes to the coordinator as it reads."""
     start_logging()
-    order = read_order(message.content)
-    return order, _site(order, context), read_model(message.content, order), Layouts.of(order)
+    try:
+        order = read_order(message.content)
+    except WireError as error:
+        raise Refused(str(error)) from error
+    if FOLDER not in context.node_config:  # a simulated site, known by its number
+        plan = Plan.from_run_config(dict(context.run_config))
+        name = simulated_sites(plan.shards, plan.partition)[int(context.node_config["partition-id"])]
+        memory = Memory(Path(plan.out) / "sites" / name, order.run)
+        return order, Site(SiteData(name, plan.shards, plan.partition), memory)
+    folder = Path(str(context.node_config[FOLDER]))
+    config = load_site(folder)
+    site = Site(SiteData(config.name, str(config.shards)), Memory(folder / "state", order.run))
+    reason = refusal(
+        load_policy(folder), strategy=order.strategy, scope=order.scope, round=order.round, rounds=order.rounds,
+        epsilon=None, class_counts=dict(zip(CODES, site.data.counts()["train"], strict=True)), now=datetime.now(),
+    )  # fmt: skip
+    if reason:
+        raise Refused(reason)
+    return order, site
 
 
 def _answer(message: Message, site: Site, arrays: dict[str, Array]) -> Message:
     content = RecordDict({ARRAYS: ArrayRecord(arrays), CONFIG: ConfigRecord({"site": site.data.name})})
     return Message(content, reply_to=message)
-
-
-def _site(order: Order, context: Context) -> Site:
-    """A real site is named by its SuperNode's configuration, a simulated one by its number."""
-    if "site-folder" in context.node_config:
-        folder = Path(str(context.node_config["site-folder"]))
-        config = load_site(folder)
-        return Site(SiteData(config.name, str(config.shards)), Memory(folder / "state", order.run))
-    plan = Plan.from_run_config(dict(context.run_config))
-    names = simulated_sites(plan.shards, plan.partition)
-    name = names[int(context.node_config["partition-id"])]
-    return Site(SiteData(name, plan.shards, plan.partition), Memory(Path(plan.out) / "sites" / name, order.run))

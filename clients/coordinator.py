@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from safetensors.numpy import load_file, save
 
-from clients.grid import FederationError, SiteGrid
+from clients.grid import SiteGrid
 from clients.messages import CONFIG, array_of, order_record
 from clients.plan import Order, Plan
 from clients.rounds import RoundRecord, SiteRounds
@@ -24,7 +24,7 @@ from clients.site import Layouts, Model
 from clients.site_data import simulated_sites
 from clients.wire import pack, unpack
 from dermaflow import storage
-from dermaflow.errors import CheckpointError
+from dermaflow.errors import CheckpointError, FederationError
 from dermaflow.learning.backbones import Network, build
 from dermaflow.learning.linear_head import ClassSums, discriminant_head
 from dermaflow.learning.optimisation import Scope
@@ -54,7 +54,8 @@ class Coordinator:
         self.order = Order(
             run=run, round=0, rounds=plan.rounds, strategy=plan.strategy, scope=plan.scope,
             recipe=recipe.model_copy(update={"seed": plan.seed}), local_epochs=plan.local_epochs,
-            adjusted=plan.loss == "adjusted", local_norm=plan.local_norm, precision=plan.precision, seed=plan.seed,
+            adjusted=plan.loss == "adjusted", norm=plan.norm, keep_moments=plan.keep_moments,
+            precision=plan.precision, seed=plan.seed,
             mu=plan.proximal_mu if plan.strategy == "fedprox" else 0.0, resamples=plan.resamples,
         )  # fmt: skip
         self.rounds = read_rounds(self.out)
@@ -68,6 +69,8 @@ class Coordinator:
     def run(self) -> dict[str, Any]:
         """Everything; what an earlier process of the same run finished is not done again."""
         began = time.monotonic()
+        described = self._ask(self.training, "describe", None, self.order)
+        counts = {_site_of(answer): array_of(answer, "train").tolist() for answer in described}
         if self.plan.head == "statistics" and not self.rounds:
             self._statistics_head()
         scopes: list[tuple[Scope, int, int]] = [
@@ -79,7 +82,7 @@ class Coordinator:
         storage.write_bytes(self.out / WEIGHTS, save({k: v.numpy() for k, v in self.network.state_dict().items()}))
         result = {
             "plan": self.plan.model_dump() | {"recipe": json.loads(self.plan.recipe)},
-            "rounds": self.rounds, "sites": self._evaluate(), "seconds": time.monotonic() - began,
+            "counts": counts, "rounds": self.rounds, "sites": self._evaluate(), "seconds": time.monotonic() - began,
             "training_sites": sorted(self.training.names.values()),
         }  # fmt: skip
         storage.write_bytes(self.out / RESULT, json.dumps(result, indent=1).encode())
@@ -136,16 +139,17 @@ class Coordinator:
 
     def _train(self, scope: Scope, first: int, last: int) -> None:
         done = len(self.rounds)
+        if done > last:
+            return
         order = self.order.model_copy(update={"scope": scope})
         model, layouts = self._model(order)
-        phase = SiteRounds(self.plan, order, layouts, model, first, last, len(self.training.names), self._note)
+        phase = SiteRounds(self.plan, order, layouts, model, first, len(self.training.names), self._note)
         checkpoint = self.out / CHECKPOINT
         if first <= done:
             if not checkpoint.exists():
                 raise CheckpointError("no checkpoint of the rounds that are done", where=checkpoint)
-            if done <= last:
-                phase.restore(load_file(checkpoint))
-                phase.first = done + 1
+            phase.restore(load_file(checkpoint))
+            phase.first = done + 1
         self._failed = phase.failed
 
         def keep(number: int, arrays: ArrayRecord) -> None:

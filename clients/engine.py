@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,26 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from clients.grid import FederationError
-from clients.plan import Plan
+from clients.offline import environment
+from dermaflow.errors import FederationError
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-"""Three switches of Flower and one of Ray, without which they talk to the internet."""
-
-
-def flower_environment(home: Path) -> dict[str, str]:
-    """Environment of Flower's processes; its commands are those beside this Python."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return os.environ | QUIET | {"FLWR_HOME": str(home), "PATH": path}
+if TYPE_CHECKING:  # it imports torch, for which a hub would wait
+    from clients.plan import Plan
 
 
 def command(name: str) -> str:
@@ -51,22 +41,29 @@ def command(name: str) -> str:
 
 
 def flwr(home: Path, *arguments: str, timeout: float = 120) -> dict[str, Any]:
-    """One call of Flower's command line, its JSON parsed.
+    """One call of Flower's command line.
+
+    Args:
+        home: Flower's folder, with the connection.
+        arguments: For instance ``list hub``.
+        timeout: Seconds.
+
+    Returns:
+        Its answer.
 
     Raises:
         FederationError: It failed; what it said is in the error.
     """
     done = subprocess.run(
         [command("flwr"), *arguments, "--format", "json"], capture_output=True, text=True, timeout=timeout,
-        env=flower_environment(home), check=False,
+        env=environment(home), check=False,
     )  # fmt: skip
-    if done.returncode or "{" not in done.stdout:
-        said = (done.stdout + done.stderr).strip().splitlines()
-        raise FederationError(f"flwr {arguments[0]} failed: {' '.join(said[-3:])}", where=home)
-    parsed: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
-    if parsed.get("success") is False:
-        raise FederationError(f"flwr {arguments[0]} failed: {parsed.get('error-message', parsed)}", where=home)
-    return parsed
+    with contextlib.suppress(ValueError):  # a line for people may stand before the JSON
+        found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+        if done.returncode == 0 and found.get("success", True):
+            return found
+    said = (done.stdout + done.stderr).strip()
+    raise FederationError(f"flwr {' '.join(arguments)}: {said[-600:]}", where=home, todo="does the hub run?")
 
 
 def submit(home: Path, connection: str, plan: Plan, *options: str) -> int:
@@ -108,7 +105,7 @@ def follow(
             time.sleep(0.5)
     except BaseException:
         stop = [command("flwr"), "stop", str(run), connection]
-        subprocess.run(stop, env=flower_environment(home), capture_output=True, check=False)
+        subprocess.run(stop, env=environment(home), capture_output=True, check=False)
         raise
     look()
     if found["status"] != "finished:completed":
@@ -123,7 +120,7 @@ def log_of(home: Path, connection: str, run: int, lines: int = 30) -> str:
     """The last lines of a run's log."""
     done = subprocess.run(
         [command("flwr"), "log", str(run), connection, "--show"], capture_output=True, text=True, timeout=60,
-        env=flower_environment(home), check=False,
+        env=environment(home), check=False,
     )  # fmt: skip
     return "\n".join(done.stdout.splitlines()[-lines:])
 
@@ -145,12 +142,12 @@ def simulation_engine(home: Path, sites: int, gpus: float = 0.0) -> Iterator[tup
     log = home / "superlink.log"
     cpus = os.cpu_count() or 1
     actors = max(1, min(sites, cpus))
-    environment = flower_environment(home) | {"DERMAFLOW_THREADS": str(cpus // actors)}
+    settings = {"DERMAFLOW_THREADS": str(cpus // actors), "RAY_USAGE_STATS_ENABLED": "0"} | environment(home)
     with log.open("w") as stream:
         link = subprocess.Popen(
             [command("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess",
              "--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"],
-            env=environment, stdout=stream, stderr=stream, start_new_session=True,
+            env=settings, stdout=stream, stderr=stream, start_new_session=True,
         )  # fmt: skip
     try:
         _until_healthy(link, port, log)

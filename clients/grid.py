@@ -10,14 +10,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from dermaflow.errors import DermaflowError
+from dermaflow.errors import FederationError
 
 POLL = 0.1
 """Seconds between two looks for answers; Flower's own loop sleeps three."""
-
-
-class FederationError(DermaflowError):
-    """A federated run cannot go on."""
 
 
 class SiteGrid(Grid):

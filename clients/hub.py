@@ -27,6 +27,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from clients.audit import AuditLog
+from clients.engine import flwr
 from clients.offline import environment, go_offline
 from clients.site_config import AUDIT_NAME
 from dermaflow import storage
@@ -262,29 +263,8 @@ def serve_runs(state: Path, address: str, ca: Path) -> None:
 
 
 def ask_hub(state: Path, *arguments: str, timeout: float = 60) -> dict[str, Any]:
-    """One call of Flower's own command line to the hub of this machine.
-
-    Args:
-        state: Folder of the hub.
-        arguments: Of ``flwr``, for instance ``list hub``.
-        timeout: Seconds.
-
-    Returns:
-        Its answer.
-
-    Raises:
-        HubError: The hub does not answer, or refuses.
-    """
-    command = [str(Path(sys.executable).parent / "flwr"), *arguments, "--format", "json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(state.absolute() / HOME), timeout=timeout, check=False
-    )
-    with contextlib.suppress(ValueError):  # a line for people may stand before the JSON
-        found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
-        if done.returncode == 0 and found.get("success", True):
-            return found
-    said = (done.stdout + done.stderr).strip()
-    raise HubError(f"flwr {' '.join(arguments)}: {said[-600:]}", where=state, todo="does the hub run?")
+    """One call of Flower's own command line to the hub of this machine: `clients.engine.flwr`."""
+    return flwr(state.absolute() / HOME, *arguments, timeout=timeout)
 
 
 def register_site(state: Path, public_key: Path, name: str) -> str:
@@ -299,7 +279,7 @@ def register_site(state: Path, public_key: Path, name: str) -> str:
         Its node id.
 
     Raises:
-        HubError: The hub does not answer, or the key is registered already.
+        FederationError: The hub does not answer, or the key is registered already.
     """
     found = ask_hub(state, "supernode", "register", str(public_key), CONNECTION, "--name", name)
     return str(found["node-id"])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from pydantic import ValidationError
 
 from clients.plan import Order
 from clients.site import Layouts, Model, Update
 from clients.wire import WireError, decode, encode
+from dermaflow import __version__
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
@@ -38,11 +39,15 @@ def read_order(content: RecordDict) -> Order:
         WireError: There is none, or it is of another version.
     """
     try:
-        return Order.model_validate_json(str(content.config_records[CONFIG]["order"]))
-    except (KeyError, ValidationError) as error:
-        raise WireError(
-            f"the message holds no order: {error}", todo="use the same DermaFlow version on both sides"
-        ) from error
+        fields = json.loads(str(content.config_records[CONFIG]["order"]))
+        if fields.get("version") != __version__:
+            raise WireError(
+                f"the coordinator has DermaFlow {fields.get('version')}", expected=f"{__version__}, as here",
+                todo="install the same version on both sides",
+            )  # fmt: skip
+        return Order.model_validate(fields)
+    except (KeyError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+        raise WireError(f"the message holds no order: {error}") from error
 
 
 def read_model(content: RecordDict, order: Order) -> Model:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clients.wire import Precision
+from dermaflow import __version__
 from dermaflow.errors import RecipeError
 from dermaflow.learning.optimisation import Scope
 from dermaflow.learning.recipe import Recipe
@@ -15,6 +15,9 @@ from dermaflow.learning.recipe import Recipe
 StrategyName = Literal[
     "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "scaffold", "trimmed_mean", "median", "krum"
 ]
+
+
+Norm = Literal["shared", "local", "frozen"]
 
 
 class Plan(BaseModel):
@@ -25,7 +28,7 @@ class Plan(BaseModel):
     recipe: str = Field(description="The recipe as JSON: network, first weights, local training.")
     strategy: StrategyName = "fedavg"
     rounds: int = Field(20, ge=1)
-    local_epochs: int = Field(1, ge=1, description="Epochs of each site on its own images in a round.")
+    local_epochs: float = Field(1.0, gt=0, description="Epochs of each site on its own images in a round.")
     scope: Scope = Field("all", description="What is trained and sent: head, last_block or all.")
     head_rounds: int = Field(0, ge=0, description="So many first rounds train the head only.")
     head: Literal["new", "statistics"] = Field(
@@ -34,7 +37,12 @@ class Plan(BaseModel):
     loss: Literal["recipe", "adjusted"] = Field(
         "recipe", description="adjusted: each site corrects for its own class frequencies (logit adjustment)."
     )
-    local_norm: bool = Field(False, description="Normalisation layers stay at the site (FedBN).")
+    norm: Norm = Field(
+        "shared",
+        description="Normalisation layers: shared; local, they stay at the site (FedBN); frozen, with the running "
+        "statistics of the first weights.",
+    )
+    keep_moments: bool = Field(True, description="A site's optimiser goes on where it stopped in the round before.")
     decay: Literal["cosine", "none"] = Field("cosine", description="Learning rate over the rounds.")
     average: float = Field(
         0.0, ge=0, lt=1, description="Decay a round of the averaged model that is kept; 0 keeps the last round's."
@@ -102,25 +110,20 @@ class Order(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    version: str = __version__  # of DermaFlow at the coordinator
     run: str
     round: int
     rounds: int
     strategy: StrategyName
     recipe: Recipe
     scope: Scope
-    local_epochs: int = 1
+    local_epochs: float = 1.0
     rate: float = 1.0  # of the recipe's learning rates
     adjusted: bool = False
-    local_norm: bool = False
+    norm: Norm = "shared"
+    keep_moments: bool = True
     mu: float = 0.0
     monitor: bool = False
     precision: Precision = "float32"
     seed: int = 0
     resamples: int = 0
-    details: str = ""  # JSON of a question that needs more
-
-    @property
-    def question(self) -> dict[str, Any]:
-        """The details, parsed."""
-        parsed: dict[str, Any] = json.loads(self.details) if self.details else {}
-        return parsed

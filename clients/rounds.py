@@ -14,12 +14,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, FedYogi, Krum, Strategy
 
-from clients.grid import FederationError, SiteGrid
+from clients.grid import SiteGrid
 from clients.messages import ARRAYS, METRICS, order_record, read_update
 from clients.plan import Order, Plan
 from clients.scaffold import CONTROL, Scaffold
 from clients.site import Layouts, Model, Update
 from clients.wire import WireError, merge_norm
+from dermaflow.errors import FederationError
 from dermaflow.learning.optimisation import Scope
 
 _STATE = ("m_t", "v_t", "momentum_vector", "control")
@@ -36,9 +37,9 @@ def make_strategy(plan: Plan, sites: int) -> FedAvg:
         case "fedavgm":
             return FedAvgM(server_learning_rate=rate or 1.0, server_momentum=plan.server_momentum, **options)
         case "fedadam":
-            return FedAdam(eta=rate or 1e-3, beta_1=0.9, beta_2=0.99, **options)
+            return FedAdam(eta=rate or 1e-2, beta_1=0.9, beta_2=0.99, **options)
         case "fedyogi":
-            return FedYogi(eta=rate or 1e-3, beta_1=0.9, beta_2=0.99, **options)
+            return FedYogi(eta=rate or 1e-2, beta_1=0.9, beta_2=0.99, **options)
         case "scaffold":
             return Scaffold(sites=sites, rate=rate or 1.0, **options)
         case "trimmed_mean":
@@ -80,16 +81,16 @@ class SiteRounds(Strategy):
         layouts: Of the messages.
         model: The model to start from, with `rest`.
         first: Number of the first round of this phase, from 1.
-        last: Number of the last.
+        sites: How many sites may be drawn.
         on_round: Called with each finished round.
     """
 
     def __init__(
-        self, plan: Plan, order: Order, layouts: Layouts, model: Model, first: int, last: int, sites: int,
+        self, plan: Plan, order: Order, layouts: Layouts, model: Model, first: int, sites: int,
         on_round: Callable[[RoundRecord], None] = lambda record: None,
     ) -> None:  # fmt: skip
         self.plan, self.order, self.layouts = plan, order, layouts
-        self.first, self.last = first, last
+        self.first, self._origin = first, first
         self.inner = make_strategy(plan, sites)
         self.model = model
         self.average: Model | None = None
@@ -123,13 +124,14 @@ class SiteRounds(Strategy):
             }
         )  # fmt: skip
         random.seed(self.plan.seed * 1009 + number)  # the strategy draws the sites by it
-        messages = list(self.inner.configure_train(server_round, arrays, config, grid))
+        messages = list(self.inner.configure_train(number - self._origin + 1, arrays, config, grid))
         for message in messages:
             sent = message.content.array_records[ARRAYS]
             control = sent[CONTROL].numpy() if CONTROL in sent else None
             rest = None if message.metadata.dst_node_id in self._knows_rest else self.model.rest
             model = Model(self.model.weights, self.model.norm, rest, control)
             message.content = order_record(order, model, self.layouts)
+            message.metadata.group_id = str(number)  # the round, for the audit logs
             site = self._names[message.metadata.dst_node_id]
             self.record.sites[site] = {"received": float(_bytes(message.content))}
         return messages
@@ -169,7 +171,8 @@ class SiteRounds(Strategy):
                 arrays[CONTROL] = Array(update.control)
             figures = {"num-examples": update.figures["images"], "loss": update.figures["loss"]}
             reply.content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord(figures)})
-        found, metrics = self.inner.aggregate_train(server_round, [reply for reply, _ in good])
+        number = self.record.round - self._origin + 1  # of the phase, also after a restart: optimisers count by it
+        found, metrics = self.inner.aggregate_train(number, [reply for reply, _ in good])
         updates = [update for _, update in good]
         images = [update.figures["images"] for update in updates]
         if found is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -16,5 +18,6 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the plan of the run's configuration; the result is in its folder `out`."""
     start_logging()
+    logging.getLogger("flwr").propagate = False  # it has a handler of its own
     plan = Plan.from_run_config(dict(context.run_config))
     Coordinator(plan, grid, plan.name or str(context.run_id)).run()

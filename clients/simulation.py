@@ -1,7 +1,8 @@
-"""All sites of a run on this machine, or on the Ray cluster of ``RAY_ADDRESS``."""
+"""Run a plan: all sites on this machine, or on the Ray cluster of ``RAY_ADDRESS``; or those that joined a hub."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,30 @@ def simulate(plan: Plan, *, gpus: float = 0.0, progress: Progress = lambda label
     with simulation_engine(out / "flower", sites, gpus) as (connection, options):
         run = submit(out / "flower", connection, plan, *options)
         follow(out / "flower", connection, run, look)
+    result: dict[str, Any] = json.loads((out / RESULT).read_text())
+    return result
+
+
+def submit_to_hub(plan: Plan, state: Path, progress: Progress = lambda label, done, total: None) -> dict[str, Any]:
+    """Run a plan with the sites that have joined the hub of this machine.
+
+    Args:
+        plan: The run; `sites` names them.
+        state: Folder of the hub.
+        progress: Called as the rounds go on.
+
+    Returns:
+        What `result.json` in the plan's folder holds.
+
+    Raises:
+        FederationError: The hub does not answer, or the run failed.
+    """
+    out = Path(plan.out).absolute()
+    name = plan.name or hashlib.sha256(str(out).encode()).hexdigest()[:12]
+    plan = plan.model_copy(update={"out": str(out), "name": name})
+    home = state.absolute() / "flower"
+    run = submit(home, "hub", plan)
+    follow(home, "hub", run, lambda: progress(plan.strategy, len(read_rounds(out)), plan.rounds))
     result: dict[str, Any] = json.loads((out / RESULT).read_text())
     return result
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
 
 from clients.memory import Memory
-from clients.plan import Order
+from clients.plan import Norm, Order
 from clients.site_data import SiteData
 from clients.wire import Layout, layout_of, norm_layout, norm_parameters, pack, rest_layout, unpack
 from dermaflow.errors import DataError
@@ -18,7 +21,7 @@ from dermaflow.learning.backbones import BackboneConfig, Network, build
 from dermaflow.learning.inference import predict
 from dermaflow.learning.linear_head import ClassSums, class_sums
 from dermaflow.learning.local import class_counts, memory_feed
-from dermaflow.learning.loop import Run, fit
+from dermaflow.learning.loop import Batch, Feed, Run, fit
 from dermaflow.learning.optimisation import Scope, pick_device
 from dermaflow.learning.recipe import Recipe
 from dermaflow.preparation.balancing import balance
@@ -74,14 +77,14 @@ class Layouts:
     @classmethod
     def of(cls, order: Order) -> Layouts:
         """For what an order trains."""
-        return cls._of(order.recipe.backbone.model_dump_json(), order.scope, order.local_norm)
+        return cls._of(order.recipe.backbone.model_dump_json(), order.scope, order.norm)
 
     @classmethod
     @lru_cache(maxsize=16)
-    def _of(cls, backbone: str, scope: Scope, local_norm: bool) -> Layouts:
+    def _of(cls, backbone: str, scope: Scope, norms: Norm) -> Layouts:
         network = empty_network(BackboneConfig.model_validate_json(backbone))
-        weights = layout_of(network, scope, local_norm=local_norm)
-        norm = norm_layout(network, scope)
+        weights = layout_of(network, scope, local_norm=norms == "local")
+        norm = norm_layout(network, scope, frozen=norms == "frozen")
         return cls(weights, norm, rest_layout(network, weights, norm))
 
 
@@ -116,15 +119,22 @@ class Site:
         recipe = local_recipe(order, self.data.name)
         size = recipe.input.height, recipe.input.width
         rule = balance(class_counts(labels), recipe.balance)
+        feed = memory_feed(self.data.pixels("train", *size), labels, rule, recipe)
+        if order.local_epochs < 1:  # parts of one epoch come from one order of the images
+            whole = recipe.model_copy(update={"seed": _seed(order, 0, self.data.name)})
+            feed = part_of_epoch(memory_feed(self.data.pixels("train", *size), labels, rule, whole), order)
+        kept = self.memory.recall("moments") if order.keep_moments else None
         correction = Correction(network, layouts.weights, order, model.control, self.memory)
         run = Run(
-            recipe, memory_feed(self.data.pixels("train", *size), labels, rule, recipe), rule,
-            class_counts(labels) / len(labels), self.data.data_hash, pick_device(), correct=correction,
+            recipe, feed, rule, class_counts(labels) / len(labels), self.data.data_hash, pick_device(),
+            correct=correction, moments={name: torch.from_numpy(array) for name, array in (kept or {}).items()},
         )  # fmt: skip
         network, history = fit(network, run)
+        if order.keep_moments:
+            self.memory.keep("moments", **{name: tensor.numpy() for name, tensor in run.moments.items()})
         delta = pack(network.state_dict(), layouts.weights) - model.weights
         norm = pack(network.state_dict(), layouts.norm)
-        if order.local_norm:
+        if order.norm == "local":
             own = {name: t for name, t in network.state_dict().items() if name in _own_names(network)}
             self.memory.keep("norm", **{name: tensor.numpy() for name, tensor in own.items()})
         figures = {"images": float(len(labels)), "loss": history[-1]["loss"]}
@@ -146,7 +156,7 @@ class Site:
         tensors = unpack(model.weights, layouts.weights) | unpack(model.norm, layouts.norm)
         if rest is not None and layouts.rest.size:
             tensors |= unpack(rest["rest"], layouts.rest)
-        if order.local_norm and (own := self.memory.recall("norm")):
+        if order.norm == "local" and (own := self.memory.recall("norm")):
             tensors |= {name: torch.from_numpy(array) for name, array in own.items()}
         network = empty_network(order.recipe.backbone)
         for name in network.state_dict():
@@ -210,6 +220,7 @@ class Correction:
         self, network: Network, layout: Layout, order: Order, control: np.ndarray | None, memory: Memory
     ) -> None:
         self._memory, self._layout, self._mu = memory, layout, order.mu
+        self._place = f"control-{order.scope}"
         self._steps = 0
         self._received: dict[str, torch.Tensor] = {}
         self._shift: dict[str, torch.Tensor] | None = None
@@ -217,7 +228,7 @@ class Correction:
         if order.mu:
             self._received = {name: tensor.detach().clone() for name, tensor in network.named_parameters()}
         if control is not None:
-            kept = memory.recall("control")
+            kept = memory.recall(self._place)
             self._own = np.zeros_like(control) if kept is None else kept["control"]
             self._shift = unpack(control - self._own, layout)
 
@@ -246,19 +257,36 @@ class Correction:
             return None
         mean = {name: seen / self._steps for name, seen in self._seen.items()}
         new = pack(mean, self._layout)
-        self._memory.keep("control", control=new)
+        self._memory.keep(self._place, control=new)
         change: np.ndarray = new - self._own
         return change
+
+
+def part_of_epoch(feed: Feed, order: Order) -> Feed:
+    """The batches of a round that is less than an epoch: rounds follow each other through the epochs."""
+    steps = max(1, round(feed.steps * order.local_epochs))
+    start = (order.round - 1) * steps
+
+    def batches(_: int) -> Iterator[Batch]:
+        done = start
+        while done < start + steps:
+            epoch, step = divmod(done, feed.steps)
+            part = list(islice(feed.epoch(epoch), step, step + start + steps - done))
+            done += len(part)
+            yield from part
+
+    return Feed(steps, batches)
 
 
 def local_recipe(order: Order, site: str) -> Recipe:
     """The recipe of a site's own epochs in a round: a constant rate, and a seed of this site and round."""
     recipe = order.recipe
-    head = order.scope == "head"
+    head, epochs = order.scope == "head", math.ceil(order.local_epochs)
     optim = recipe.optim.model_copy(
         update={
-            "head_epochs": order.local_epochs if head else 0,
-            "epochs": 0 if head else order.local_epochs,
+            "head_epochs": epochs if head else 0,
+            "epochs": 0 if head else epochs,
+            "freeze_norm": order.norm == "frozen",
             "trained": "all" if head else order.scope,
             "lr": recipe.optim.lr * order.rate,
             "head_lr": recipe.optim.head_lr * order.rate,
@@ -272,10 +300,10 @@ def local_recipe(order: Order, site: str) -> Recipe:
     if order.adjusted:
         loss = loss.model_copy(update={"name": "logit_adjusted", "tau": 1.0})
         weights = weights.model_copy(update={"strategy": "none"})
-    seed = int.from_bytes(hashlib.sha256(f"{order.seed}/{order.round}/{site}".encode()).digest()[:4], "big")
     return recipe.model_copy(
         update={
-            "optim": optim, "loss": loss, "balance": weights, "seed": seed, "validation_fold": None,
+            "optim": optim, "loss": loss, "balance": weights, "validation_fold": None,
+            "seed": _seed(order, order.round, site),
             "input": recipe.input.model_copy(update={"small_epochs": 0}),
         }
     )  # fmt: skip
@@ -285,3 +313,7 @@ def _own_names(network: Network) -> set[str]:
     """Parameters and statistics of normalisation layers that keep statistics."""
     statistics = {name for name in network.state_dict() if name.endswith((".running_mean", ".running_var"))}
     return norm_parameters(network) | statistics
+
+
+def _seed(order: Order, round_: int, site: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{order.seed}/{round_}/{site}".encode()).digest()[:4], "big")

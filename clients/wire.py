@@ -66,9 +66,9 @@ def layout_of(network: Network, scope: Scope, *, local_norm: bool = False) -> La
     return _layout(network, [name for name in trained_names(network, scope) if name not in own])
 
 
-def norm_layout(network: Network, scope: Scope) -> Layout:
+def norm_layout(network: Network, scope: Scope, *, frozen: bool = False) -> Layout:
     """The running means and variances that training at this scope moves: mean, variance, mean, variance..."""
-    trained = set(trained_names(network, scope))
+    trained = set() if frozen else set(trained_names(network, scope))
     names = []
     for place, module in network.named_modules():
         if isinstance(module, _BatchNorm) and f"{place}.weight" in trained:
@@ -140,8 +140,8 @@ def decode(array: np.ndarray, layout: Layout, digest: str) -> np.ndarray:
 
 
 def unpack(flat: np.ndarray, layout: Layout) -> dict[str, torch.Tensor]:
-    """Tensors float32 out of an array [size]."""
-    parts = torch.split(torch.from_numpy(flat), [int(np.prod(shape)) for shape in layout.shapes])
+    """Tensors float32 out of an array [size], in memory of their own."""
+    parts = torch.split(torch.from_numpy(flat).clone(), [int(np.prod(shape)) for shape in layout.shapes])
     return {name: part.reshape(shape) for name, part, shape in zip(layout.names, parts, layout.shapes, strict=True)}
 
 

@@ -54,6 +54,10 @@ class BundleError(DermaflowError):
     """A model bundle is incomplete or was changed after it was written."""
 
 
+class FederationError(DermaflowError):
+    """A federated run cannot be started or cannot go on."""
+
+
 class RegistryError(DermaflowError):
     """The model registry does not hold what was asked for."""
 

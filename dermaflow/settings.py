@@ -34,3 +34,4 @@ def start_logging() -> None:
     logging.basicConfig(
         level=settings().log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request, and Flower sends its own log by requests

@@ -19,7 +19,14 @@ from dermaflow.errors import CheckpointError, DermaflowError
 from dermaflow.learning.augmentation import augment
 from dermaflow.learning.backbones import Network
 from dermaflow.learning.losses import make_loss
-from dermaflow.learning.optimisation import make_optimizer, make_schedule, pick_precision, train_mode
+from dermaflow.learning.optimisation import (
+    make_optimizer,
+    make_schedule,
+    moments_of,
+    pick_precision,
+    put_moments,
+    train_mode,
+)
 from dermaflow.learning.recipe import Recipe
 from dermaflow.preparation.balancing import Balance
 from dermaflow.preparation.transforms import normalise
@@ -57,6 +64,7 @@ class Run:
         correct: Called between the gradient and the step, to change the gradient.
         on_step: Called with epoch, step, steps and loss.
         on_epoch: Called after each epoch with its history entry and a function that makes the state to keep.
+        moments: What the optimiser remembered after an earlier call (`moments_of`); replaced at the end.
         wrap: Puts the network into DDP.
         rank: Number of this worker.
     """
@@ -73,6 +81,7 @@ class Run:
     on_epoch: Callable[[dict[str, float], Callable[[], State]], None] = lambda entry, state: None
     wrap: Callable[[nn.Module], nn.Module] = lambda network: network
     rank: int = 0
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -119,6 +128,8 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
         if state is not None and first_epoch > start:
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
+        elif run.moments:
+            put_moments(optimizer, network, run.moments)
         model = run.wrap(network)
 
         for epoch in range(max(start, first_epoch), end):
@@ -127,7 +138,7 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
             began = time.perf_counter()
             torch.manual_seed(recipe.seed * 1_000_003 + epoch * 1009 + run.rank)  # dropout
             draws = torch.Generator().manual_seed(recipe.seed * 1_000_033 + epoch * 1013 + run.rank)  # augmentation
-            train_mode(network)
+            train_mode(network, freeze_norm=optim.freeze_norm)
             total, images = 0.0, 0.0
             size = recipe.input.at_epoch(epoch)
             for step, (pixels, targets) in enumerate(islice(run.feed.epoch(epoch), run.feed.steps)):
@@ -173,6 +184,8 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
                 }  # fmt: skip
 
             run.on_epoch(entry, snapshot)
+
+        run.moments = moments_of(optimizer, network)
 
     kept = network if average is None else average.module  # type: ignore[assignment]
     if optim.patience is not None and best["network"]:

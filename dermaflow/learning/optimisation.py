@@ -33,6 +33,7 @@ class OptimConfig(BaseModel):
     trained: Literal["all", "last_block"] = Field(
         "all", description="After the head epochs: everything, or the head and the backbone's last quarter."
     )
+    freeze_norm: bool = Field(False, description="Keep the running statistics of the first weights.")
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of a cycle's steps in which the rate rises.")
     cycles: int = Field(
@@ -59,15 +60,15 @@ def trained_names(network: Network, scope: Scope) -> list[str]:
     return [*chosen, *(f"head.{name}" for name, _ in network.head.named_parameters())]
 
 
-def train_mode(network: Network) -> None:
-    """Training mode, but frozen parts keep the running statistics of their normalisation layers."""
+def train_mode(network: Network, *, freeze_norm: bool = False) -> None:
+    """Training mode, but frozen parts, or all, keep the running statistics of their normalisation layers."""
     network.train()
-    parameters = list(network.body.parameters())
-    if not any(parameter.requires_grad for parameter in parameters):
+    if not any(parameter.requires_grad for parameter in network.body.parameters()):
         network.body.eval()
     for module in network.body.modules():
-        if isinstance(module, _BatchNorm) and not any(parameter.requires_grad for parameter in module.parameters()):
-            module.eval()
+        if isinstance(module, _BatchNorm):
+            moves = any(parameter.requires_grad for parameter in module.parameters())
+            module.train(moves and not freeze_norm)
 
 
 def make_optimizer(network: Network, config: OptimConfig, *, head_only: bool) -> torch.optim.Optimizer:
@@ -94,6 +95,29 @@ def make_optimizer(network: Network, config: OptimConfig, *, head_only: bool) ->
         return torch.optim.SGD(chosen, momentum=0.9, nesterov=True, fused=True)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(chosen, fused=True)
+
+
+def moments_of(optimizer: torch.optim.Optimizer, network: Network) -> dict[str, torch.Tensor]:
+    """What an optimiser remembers of each parameter, on the CPU: ``<parameter>/<moment>`` and ``<parameter>/step``."""
+    return {
+        f"{name}/{key}": value.detach().cpu()
+        for name, parameter in network.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def put_moments(optimizer: torch.optim.Optimizer, network: Network, moments: dict[str, torch.Tensor]) -> None:
+    """Let an optimiser go on from `moments_of`, where it trains the same parameters."""
+    parameters = dict(network.named_parameters())
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for place, value in moments.items():
+        name, key = place.rsplit("/", 1)
+        parameter = parameters[name]
+        if id(parameter) in trained:
+            if value.shape == parameter.shape:  # fused optimisers want it in the parameter's memory format
+                value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+            optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LRScheduler:

@@ -72,7 +72,7 @@ def train(
         data_hash=folder.manifest.data_hash, started=started.isoformat(timespec="seconds"),
         seconds=sum(entry["seconds"] for entry in history),  # also those before the run was cut off
         epochs=len(history), device=device, workers=workers or 1, history=history,
-        initial_weights=recipe.backbone.weights, versions=_versions(),
+        initial_weights=recipe.backbone.weights, versions=versions(),
     )  # fmt: skip
     bundle = Bundle(
         name=recipe.name, backbone=recipe.backbone.name, input=recipe.input_spec, dropout=recipe.backbone.dropout,
@@ -83,7 +83,8 @@ def train(
     return load_bundle(out)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of what decides a training run, for its record."""
     found = {"python": platform.python_version()}
     for package in ("dermaflow", "torch", "torchvision", "numpy", "ray"):
         try:

@@ -1,0 +1,140 @@
+"""`dermaflow federate`: train one model over sites that keep their images, simulated or real, and the hub of those."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from dermaflow.cli.console import bars, command, console, print_table
+
+app = typer.Typer(
+    rich_markup_mode="markdown", invoke_without_command=True, pretty_exceptions_enable=False,
+    help="""Train one model over sites that keep their images.
+
+**--simulate** plays every site on this machine, or on the Ray cluster of RAY_ADDRESS; without it the run goes to
+a **hub** that hospitals have joined (`dermaflow site`). Cut off? Run it again: finished rounds are kept.""",
+)  # fmt: skip
+
+State = Annotated[Path, typer.Option("--state", help="Folder of the hub.")]
+HUB = Path("runs/hub")
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Option(help="Network and local training: a shipped recipe or a .yaml.")] = "demo",
+    out: Annotated[Path, typer.Option(help="Folder of the result, at the coordinator.")] = Path("runs/federated"),
+    simulate: Annotated[bool, typer.Option("--simulate", help="Play every site here.")] = False,
+    shards: Annotated[str | None, typer.Option(help="Simulation: shards to divide among the sites.")] = None,
+    partition: Annotated[
+        str, typer.Option(help="Simulation: natural (HAM10000's sources), iid:N or dirichlet:ALPHA:N.")
+    ] = "natural",
+    state: State = HUB,
+    site: Annotated[list[str] | None, typer.Option(help="Site of the run: NAME=NODE-ID. Repeatable.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="First weights of the backbone (.pth, .safetensors).")] = None,
+    strategy: Annotated[
+        Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "scaffold", "trimmed_mean", "median", "krum"],
+        typer.Option(help="How updates are brought together."),
+    ] = "fedavg",
+    rounds: Annotated[int, typer.Option(min=1)] = 20,
+    local_epochs: Annotated[float, typer.Option(help="Epochs of a site in a round, 0.25 for instance.")] = 1.0,
+    scope: Annotated[
+        Literal["head", "last_block", "all"], typer.Option(help="What is trained and sent.")
+    ] = "all",
+    gpus: Annotated[float, typer.Option(min=0, help="Simulation: share of a GPU a site.")] = 0.0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other choice of the run, loss=adjusted for instance: see docs/federation.md."),
+    ] = None,
+    recipe_set: Annotated[list[str] | None, typer.Option(help="Change a key of the recipe: optim.lr=3e-4.")] = None,
+) -> None:  # fmt: skip
+    """Train over sites.
+
+    Example: dermaflow federate --simulate --shards runs/shards --recipe demo --rounds 3 --out runs/federated
+    """
+    if context.invoked_subcommand is None:
+        choices: dict[str, Any] = {
+            "strategy": strategy, "rounds": rounds, "local_epochs": local_epochs, "scope": scope,
+            "out": str(out.absolute()),
+        }  # fmt: skip
+        if simulate:
+            choices |= {"shards": shards or "", "partition": partition}
+        else:
+            choices["sites"] = ",".join(site or [])
+        run(choices, recipe, weights, set_ or [], recipe_set or [], None if simulate else state, gpus)
+
+
+@command
+def run(
+    choices: dict[str, Any], recipe: str, weights: Path | None, changes: list[str], recipe_changes: list[str],
+    state: Path | None, gpus: float,
+) -> None:  # fmt: skip
+    """Make the plan, run it, show what came out."""
+    from clients.result import make_plan, save_model, table
+    from clients.simulation import simulate, submit_to_hub
+
+    plan = make_plan(choices, recipe, weights, changes, recipe_changes, real=state is not None)
+    with bars() as show:
+        result = simulate(plan, gpus=gpus, progress=show) if state is None else submit_to_hub(plan, state, show)
+    bundle = save_model(plan)
+    header, rows = table(result)
+    print_table(
+        f"{plan.strategy}, {len(result['rounds'])} rounds, balanced accuracy on each site's test split", header, rows
+    )
+    for record in result["rounds"]:
+        for name, reason in record["failed"].items():
+            console.print(f"round {record['round']}: without {name}: {reason}", markup=False)
+    console.print(
+        f"{bundle}: the model; each site fits probabilities and thresholds on its own images: "
+        "dermaflow calibrate --model MODEL --shards ITS-SHARDS --out ITS-MODEL", soft_wrap=True,
+    )  # fmt: skip
+
+
+@app.command()
+@command
+def hub(
+    ca: Annotated[Path, typer.Option(help="Certificate of the authority, PEM; sites have the same.")],
+    certificate: Annotated[Path, typer.Option(help="Certificate of the hub, PEM.")],
+    key: Annotated[Path, typer.Option(help="Its private key, PEM.")],
+    state: State = HUB,
+    host: Annotated[str, typer.Option(help="Address that sites reach.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8443,
+    admin_port: Annotated[int, typer.Option(min=1, max=65535, help="On loopback, for operators.")] = 9443,
+) -> None:
+    """Run the hub until Ctrl-C: sites reach it and nothing else of it; operators reach it from this machine only.
+
+    Example: dermaflow federate hub --ca certs/ca.crt --certificate certs/server.crt --key certs/server.key
+    """
+    from clients.hub import HubOptions, run_hub
+
+    paths = {"ca": ca.absolute(), "certificate": certificate.absolute(), "key": key.absolute()}
+    run_hub(HubOptions(state=state, host=host, port=port, admin_port=admin_port, **paths))
+
+
+@app.command()
+@command
+def register(
+    public_key: Annotated[Path, typer.Argument(help="File that the site sent: dermaflow site init made it.")],
+    name: Annotated[str, typer.Option(help="Name of the site.")],
+    state: State = HUB,
+) -> None:
+    """Let a site in; prints what a run names it by.
+
+    Example: dermaflow federate register st-mary.pub --name st-mary
+    """
+    from clients.hub import register_site
+
+    console.print(f"{name}={register_site(state, public_key, name)}", markup=False)
+
+
+@app.command()
+@command
+def show(out: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Rounds of a run so far, as JSON lines."""
+    from clients.coordinator import read_rounds
+
+    for record in read_rounds(out):
+        console.print(json.dumps(record), markup=False, soft_wrap=True)

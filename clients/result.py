@@ -1,0 +1,133 @@
+"""From the commands to a plan, and from a finished run to a bundle and a table."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic import ValidationError
+
+from clients.coordinator import RESULT, network_of_result
+from clients.plan import Plan
+from dermaflow.bundles.bundle import save_bundle
+from dermaflow.errors import DataError, RecipeError
+from dermaflow.learning.recipe import load_recipe
+from dermaflow.learning.train import versions
+from dermaflow.preparation.reading import ShardFolder
+from dermaflow.schemas.bundle import Bundle, TrainingRecord
+
+MODEL = "model"
+"""Folder of the bundle within that of the run."""
+
+
+def make_plan(
+    choices: dict[str, Any], recipe: str, weights: Path | None, changes: list[str], recipe_changes: list[str], *,
+    real: bool,
+) -> Plan:  # fmt: skip
+    """The plan of a command.
+
+    Args:
+        choices: Fields of the plan.
+        recipe: Name or file.
+        weights: First weights, in place of the recipe's.
+        changes: ``key=value`` of further fields.
+        recipe_changes: ``key=value`` of the recipe.
+        real: Whether hospitals take part, rather than a simulation.
+
+    Raises:
+        RecipeError: An unknown key or an impossible value.
+        DataError: No shards, or no sites.
+    """
+    loaded = load_recipe(recipe, _parsed(recipe_changes))
+    if weights is not None:
+        backbone = loaded.backbone.model_copy(update={"weights": str(weights.absolute())})
+        loaded = loaded.model_copy(update={"backbone": backbone})
+    if real and not choices["sites"]:
+        raise DataError(
+            "no site", expected="--site NAME=NODE-ID for each, as `dermaflow federate register` printed it",
+            todo="name the sites, or play them here: --simulate",
+        )  # fmt: skip
+    if not real:
+        if not choices["shards"]:
+            raise DataError("no shards", expected="--shards DIR", todo="prepare some: dermaflow prepare")
+        ShardFolder(choices["shards"])  # a clear error now rather than in Flower's processes
+    try:
+        return Plan.model_validate({**choices, "recipe": loaded.model_dump_json(), **_parsed(changes)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}", where="--set",
+            expected="one of " + ", ".join(Plan.model_fields),
+        ) from error  # fmt: skip
+
+
+def _parsed(changes: list[str]) -> dict[str, Any]:
+    found = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise RecipeError(f"{change!r} is no change", where="--set", expected="key=value")
+        found[key] = yaml.safe_load(value)
+    return found
+
+
+def save_model(plan: Plan) -> Path:
+    """Write the model of a finished run as a bundle, not calibrated yet; returns its folder."""
+    folder = Path(plan.out)
+    result = json.loads((folder / RESULT).read_text())
+    recipe = plan.parsed_recipe
+    counts = np.sum(list(result["counts"].values()), axis=0)
+    history = [
+        {"epoch": float(number), "loss": _mean_loss(record), "seconds": record["seconds"]}
+        for number, record in enumerate(result["rounds"])
+    ]
+    record = TrainingRecord(
+        recipe_name=recipe.name, recipe=recipe.model_dump(mode="json"), recipe_hash=recipe.digest, seed=plan.seed,
+        data_hash="", started=datetime.now(UTC).isoformat(timespec="seconds"), seconds=result["seconds"],
+        epochs=len(history), device=f"{len(result['training_sites'])} sites, {plan.strategy}",
+        workers=len(result["training_sites"]), history=history, initial_weights=recipe.backbone.weights,
+        versions=versions(),
+    )  # fmt: skip
+    bundle = Bundle(
+        name=f"{recipe.name}-federated", backbone=recipe.backbone.name, input=recipe.input_spec,
+        dropout=recipe.backbone.dropout, train_priors=(counts / counts.sum()).tolist(), training=record,
+    )  # fmt: skip
+    card = (
+        f"# {bundle.name}\n\nTrained by {plan.strategy} over {', '.join(result['training_sites'])}, "
+        f"{len(history)} rounds. Not calibrated: run `dermaflow calibrate` with a site's own shards.\n"
+    )
+    save_bundle(folder / MODEL, bundle, network_of_result(plan, folder).state_dict(), None, card)
+    return folder / MODEL
+
+
+def _mean_loss(record: dict[str, Any]) -> float:
+    sites = record["sites"].values()
+    return sum(site["loss"] * site["images"] for site in sites) / sum(site["images"] for site in sites)
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: each site, and all together, with images, lesions and the 95 % interval over lesions."""
+    sites = dict(sorted(result["sites"].items()))
+    rows = [_row(name, [site], name in result["training_sites"]) for name, site in sites.items()]
+    return ["site", "trained", "images", "lesions", "balanced accuracy", "95 %"], [
+        *rows, _row("all", list(sites.values()), True)
+    ]  # fmt: skip
+
+
+def _row(name: str, parts: list[dict[str, Any]], trained: bool) -> list[str]:
+    confusion = np.sum([np.array(part["confusion"]) for part in parts], axis=0)
+    hits, totals = (np.sum([np.array(part[key]) for part in parts], axis=0) for key in ("hits", "totals"))
+    lesions = int(np.sum([part["lesions"] for part in parts]))
+    there = confusion.sum(1) > 0
+    if not there.any():
+        return [name, "yes" if trained else "no", "0", "0", "-", "-"]
+    value = (np.diag(confusion)[there] / confusion.sum(1)[there]).mean()
+    with np.errstate(invalid="ignore"):
+        resampled = np.nanmean(np.where(totals > 0, hits / totals, np.nan)[:, there], axis=1)
+    low, high = np.nanquantile(resampled, [0.025, 0.975])
+    images = str(int(confusion.sum()))
+    return [name, "yes" if trained else "no", images, str(lesions), f"{value:.3f}", f"{low:.3f} to {high:.3f}"]

@@ -1,0 +1,382 @@
+"""A federated run in this process: what is trained, merged, refused, remembered and resumed."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federation_here import a_plan, a_recipe, run_here
+from flwr.app import Array, Message
+from safetensors.numpy import load_file
+from tiny_data import draw, prepare_here
+
+from clients.coordinator import Coordinator
+from clients.memory import Memory
+from clients.partition import site_of_lesions
+from clients.plan import Order, Plan
+from clients.rounds import SiteRounds
+from clients.site import Correction, Layouts, Model, Site, local_recipe, part_of_epoch
+from clients.site_data import SiteData, simulated_sites
+from clients.wire import layout_of, pack
+from dermaflow.errors import FederationError
+from dermaflow.learning.backbones import build
+from dermaflow.learning.linear_head import class_sums, discriminant_head
+from dermaflow.learning.local import memory_feed
+from dermaflow.learning.optimisation import OptimConfig, make_optimizer
+from dermaflow.preparation.balancing import BalanceConfig, balance
+from dermaflow.taxonomy import CODES
+
+SITES = ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites set their threads by the settings; sums are added in one order only with one."""
+    from dermaflow.settings import settings
+
+    monkeypatch.setenv("DERMAFLOW_THREADS", "1")
+    settings.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("federation")
+    draw(folder / "data", 120, 1)
+    prepare_here(folder / "data", folder / "shards")
+    return folder / "shards"
+
+
+def weights(out: Path) -> dict[str, np.ndarray]:
+    return load_file(out / "weights.safetensors")
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: float = 0.0) -> bool:
+    return all(np.allclose(a[name], b[name], rtol=0, atol=tolerance) for name in a)
+
+
+def test_natural_sites_have_every_image_once(shards: Path) -> None:
+    assert simulated_sites(str(shards), "natural") == SITES
+    parts = [SiteData(name, str(shards), "natural") for name in SITES]
+    whole = SiteData("all", str(shards))
+    for split in ("train", "calibration", "test"):
+        ids = [i for part in parts for i in part.metadata(split)["image_id"]]
+        assert sorted(ids) == sorted(whole.metadata(split)["image_id"])
+        labels = np.concatenate([part.labels(split) for part in parts])
+        assert np.bincount(labels, minlength=7).tolist() == whole.counts()[split]
+    part = parts[2]
+    assert len(part.pixels("train", 24, 32)) == len(part.labels("train")) > 0
+
+
+@pytest.mark.parametrize("partition", ["iid:3", "dirichlet:0.3:5"])
+def test_drawn_sites_keep_lesions_together(shards: Path, partition: str) -> None:
+    frame = SiteData("all", str(shards)).metadata("train")
+    sites = site_of_lesions(partition, frame, 0)
+    assert sites.groupby(frame["lesion_id"]).nunique().max() == 1
+    assert (
+        sites.tolist() == site_of_lesions(partition, frame, 0).tolist() != site_of_lesions(partition, frame, 1).tolist()
+    )
+
+
+def test_the_app_that_travels_knows_every_key_of_a_plan() -> None:
+    app = tomllib.loads(Path("clients/app/pyproject.toml").read_text())
+    config = app["tool"]["flwr"]["app"]["config"]
+    plan = Plan(recipe="", out="")
+    assert config == plan.run_config()
+    assert Plan.from_run_config(config) == plan
+    assert all(type(config[key]) is type(value) for key, value in plan.run_config().items())
+
+
+def test_one_site_is_plain_training(shards: Path, tmp_path: Path) -> None:
+    """The model after a round of one site is the network that the site trained, buffers and all."""
+    plan = a_plan(shards, tmp_path / "out", rounds=1, only="vidir_modern", decay="none")
+    run_here(plan)
+    order = Order(
+        run="x", round=1, rounds=1, strategy="fedavg", scope="all", seed=0,
+        recipe=a_recipe().model_copy(update={"seed": 0}),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    start = build(a_recipe().backbone)
+    tensors, layouts = start.state_dict(), Layouts.of(order)
+    model = Model(*(pack(tensors, layout) for layout in (layouts.weights, layouts.norm, layouts.rest)))
+    site = Site(SiteData("vidir_modern", str(shards), "natural"), Memory(tmp_path / "m", "x"))
+    update = site.train(order, model)
+    assert np.abs(update.delta).max() > 0
+    after = weights(tmp_path / "out")
+    assert np.array_equal(pack({k: torch.from_numpy(v) for k, v in after.items()}, layouts.norm), update.norm)
+    moved = pack({k: torch.from_numpy(v) for k, v in after.items()}, layouts.weights)
+    assert np.allclose(moved, model.weights + update.delta, atol=1e-7)
+    assert not np.allclose(after["head.weight"], tensors["head.weight"].numpy(), atol=1e-6)
+
+
+def test_averaging_weighs_sites_by_their_images(shards: Path, tmp_path: Path) -> None:
+    updates: dict[str, tuple[np.ndarray, float]] = {}
+
+    def watch(node: str, asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "train":
+            images = float(reply.content.metric_records["metrics"]["images"])  # type: ignore[arg-type]
+            updates[node] = reply.content.array_records["arrays"]["delta"].numpy(), images
+        return reply
+
+    result, _ = run_here(a_plan(shards, tmp_path, rounds=1), spoil=watch)
+    torch.manual_seed(0)
+    start = build(a_recipe().backbone)
+    layout = layout_of(start, "all")
+    mean = sum(delta * images for delta, images in updates.values()) / sum(images for _, images in updates.values())
+    found = pack({k: torch.from_numpy(v) for k, v in weights(tmp_path).items()}, layout)
+    assert np.allclose(found, pack(start.state_dict(), layout) + mean, atol=1e-6)
+    assert result["training_sites"] == SITES == sorted(result["rounds"][0]["sites"])
+    test = SiteData("all", str(shards)).counts()["test"]
+    confusion = sum(np.array(site["confusion"]) for site in result["sites"].values())
+    assert confusion.sum(1).tolist() == test
+    hits = sum(np.array(site["hits"]) for site in result["sites"].values())
+    totals = sum(np.array(site["totals"]) for site in result["sites"].values())
+    assert hits.shape == (20, 7) and (hits <= totals).all() and totals.sum() > 0
+
+
+def test_the_head_of_all_sites_is_the_pooled_head(shards: Path, tmp_path: Path) -> None:
+    """Class sums of four sites give, in one exchange, the head that all images together give."""
+    plan = a_plan(shards, tmp_path / "a", rounds=1, head="statistics", scope="head")
+    plan = plan.model_copy(update={"recipe": a_recipe(head_lr=1e-12).model_dump_json()})
+    _, grid = run_here(plan)
+    assert [kind for kind, _, _ in grid.sent].count("query.class_sums") == 4
+    order = Order(run="x", round=0, rounds=1, strategy="fedavg", scope="head", recipe=a_recipe())
+    torch.manual_seed(0)
+    start = build(a_recipe().backbone)
+    layouts = Layouts.of(order)
+    model = Model(*(pack(start.state_dict(), layout) for layout in (layouts.weights, layouts.norm, layouts.rest)))
+    whole = Site(SiteData("all", str(shards)), Memory(tmp_path / "m", "x"))
+    weight, _ = discriminant_head(whole.class_sums(order, model))
+    found = weights(tmp_path / "a")["head.weight"]
+    assert np.abs(found - weight).max() < 1e-5 * np.abs(weight).max()
+
+
+def test_scaffold_is_the_paper_under_plain_gradient_descent(shards: Path, tmp_path: Path) -> None:
+    """The mean gradient that a site saw is option II's c_i - c + (x - y) / (K lr)."""
+    recipe = a_recipe()
+    torch.manual_seed(0)
+    network = build(recipe.backbone)
+    layout = layout_of(network, "head")
+    order = Order(run="x", round=1, rounds=1, strategy="scaffold", scope="head", recipe=recipe)
+    rng, rate, steps = np.random.default_rng(0), 0.1, 4
+    control = rng.normal(size=layout.size).astype(np.float32)
+    own = rng.normal(size=layout.size).astype(np.float32)
+    memory = Memory(tmp_path, "x")
+    memory.keep("control-head", control=own)
+    correction = Correction(network, layout, order, control, memory)
+    parameters = [network.head.weight, network.head.bias]
+    before = pack(network.state_dict(), layout)
+    for _ in range(steps):
+        network.head(torch.randn(5, 1280)).square().sum().backward()
+        correction(network)
+        with torch.no_grad():
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.sub_(rate * parameter.grad)
+                parameter.grad = None
+    after = pack(network.state_dict(), layout)
+    change = correction.finish()
+    assert change is not None
+    assert np.allclose(own + change, own - control + (before - after) / (steps * rate), atol=1e-3, rtol=1e-4)
+    kept = memory.recall("control-head")
+    assert kept is not None and np.allclose(kept["control"], own + change, rtol=1e-5, atol=1e-3)
+
+
+def test_fedprox_pulls_to_the_received_weights(shards: Path, tmp_path: Path) -> None:
+    lengths = []
+    for mu in (0.0, 10.0):
+        out = tmp_path / str(mu)
+        run_here(a_plan(shards, out, rounds=1, only=SITES[1], strategy="fedprox", proximal_mu=mu))
+        torch.manual_seed(0)
+        start = build(a_recipe().backbone).state_dict()
+        lengths.append(
+            sum(np.square(v - start[k].numpy()).sum() for k, v in weights(out).items() if "running" not in k)
+        )
+    assert lengths[1] < lengths[0]
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"strategy": "scaffold"}, {"strategy": "fedadam", "average": 0.5}, {"strategy": "fedavgm"}, {"norm": "local"}],
+    ids=lambda choices: "-".join(map(str, choices.values())),
+)
+def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_been(
+    shards: Path, tmp_path: Path, choices: dict[str, Any]
+) -> None:
+    whole, cut = (a_plan(shards, tmp_path / name, rounds=3, head_rounds=1, **choices) for name in ("whole", "cut"))
+    run_here(whole)
+    original = SiteRounds.configure_train
+
+    def dies(self: SiteRounds, server_round: int, *rest: Any) -> Any:
+        if self.first + server_round - 1 == 3:
+            raise KeyboardInterrupt
+        return original(self, server_round, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiteRounds, "configure_train", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(cut)
+    assert len((tmp_path / "cut" / "rounds.jsonl").read_text().splitlines()) == 2
+    result, grid = run_here(cut)
+    assert [kind for kind, _, _ in grid.sent].count("train") == 4 and len(result["rounds"]) == 3
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"), 1e-5)
+
+
+def spoil_one(change: Callable[[Message], None]) -> Any:
+    def spoil(node: str, asked: Message, reply: Message) -> Message:
+        if node == "101" and asked.metadata.message_type == "train":
+            change(reply)
+        return reply
+
+    return spoil
+
+
+def _nan(reply: Message) -> None:
+    arrays = reply.content.array_records["arrays"]
+    bad = arrays["delta"].numpy().copy()
+    bad[5] = np.nan
+    arrays["delta"] = Array(bad)
+
+
+def _short(reply: Message) -> None:
+    arrays = reply.content.array_records["arrays"]
+    arrays["delta"] = Array(arrays["delta"].numpy()[:-1])
+
+
+def _giant(reply: Message) -> None:
+    arrays = reply.content.array_records["arrays"]
+    arrays["delta"] = Array(arrays["delta"].numpy() * 100)
+
+
+def _negative_variance(reply: Message) -> None:
+    arrays = reply.content.array_records["arrays"]
+    arrays["norm"] = Array(-np.abs(arrays["norm"].numpy()))
+
+
+def _boast(reply: Message) -> None:
+    reply.content.metric_records["metrics"]["images"] = float("inf")
+
+
+def _nothing(reply: Message) -> None:
+    del reply.content.array_records["arrays"]["delta"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(_nan, "NaN"), (_short, "shape"), (_giant, "times as long"), (_negative_variance, "variance"), (_boast, "figures"),
+     (_nothing, "incomplete")],
+)  # fmt: skip
+def test_a_site_that_sends_nonsense_is_named_and_left_out(
+    shards: Path, tmp_path: Path, change: Callable[[Message], None], says: str
+) -> None:
+    result, _ = run_here(a_plan(shards, tmp_path, rounds=1), spoil=spoil_one(change))
+    record = result["rounds"][0]
+    assert list(record["failed"]) == ["vidir_modern"] and says in record["failed"]["vidir_modern"]
+    assert sorted(record["sites"]) == [SITES[0], *SITES[2:]]
+    assert all(np.isfinite(array).all() for array in weights(tmp_path).values())
+
+
+def test_too_few_answers_stop_the_run_and_say_who_failed(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match="vidir_modern"):
+        run_here(a_plan(shards, tmp_path, rounds=1, min_sites=4), spoil=spoil_one(_nan))
+
+
+@pytest.mark.parametrize("strategy", ["krum", "median", "trimmed_mean"])
+def test_a_robust_strategy_holds_against_a_site_that_pushes_the_other_way(
+    shards: Path, tmp_path: Path, strategy: str
+) -> None:
+    def against(reply: Message) -> None:
+        arrays = reply.content.array_records["arrays"]
+        arrays["delta"] = Array(arrays["delta"].numpy() * -8)
+
+    def distance(name: str, **choices: Any) -> float:
+        clean = weights(tmp_path / "clean")
+        run_here(a_plan(shards, tmp_path / name, rounds=1, **choices), spoil=spoil_one(against))
+        return float(sum(np.square(v - clean[k]).sum() for k, v in weights(tmp_path / name).items() if "run" not in k))
+
+    run_here(a_plan(shards, tmp_path / "clean", rounds=1))
+    assert distance("robust", strategy=strategy) < distance("plain") / 4
+
+
+def test_half_the_bytes_in_bfloat16_and_the_rest_is_sent_once(shards: Path, tmp_path: Path) -> None:
+    full, _ = run_here(a_plan(shards, tmp_path / "full", scope="last_block"))
+    half, _ = run_here(a_plan(shards, tmp_path / "half", scope="last_block", precision="bfloat16"))
+    first, second = (record["sites"]["rosendahl"] for record in full["rounds"])
+    assert second["received"] < 0.8 * first["received"]  # a quarter of the tensors is more than that of the bytes
+    assert half["rounds"][0]["sites"]["rosendahl"]["sent"] < 0.6 * first["sent"]
+
+
+def test_local_normalisation_stays_and_frozen_normalisation_does_not_move(shards: Path, tmp_path: Path) -> None:
+    run_here(a_plan(shards, tmp_path / "frozen", norm="frozen"))
+    torch.manual_seed(0)
+    start = build(a_recipe().backbone).state_dict()
+    found = weights(tmp_path / "frozen")
+    assert all(np.array_equal(found[name], start[name].numpy()) for name in found if "running" in name)
+    run_here(a_plan(shards, tmp_path / "local", norm="local"))
+    own = [load_file(tmp_path / "local" / "sites" / site / "run" / "norm.safetensors") for site in SITES[:3]]
+    name = next(name for name in own[0] if name.endswith("weight"))
+    assert not np.array_equal(own[0][name], own[1][name])
+    assert np.array_equal(weights(tmp_path / "local")[name], start[name].numpy())
+
+
+def test_parts_of_an_epoch_together_are_the_epoch(shards: Path) -> None:
+    recipe = a_recipe()
+    labels = np.repeat(np.arange(7), 12)
+    pixels = np.arange(84, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    feed = memory_feed(pixels, labels, balance(np.full(7, 12), BalanceConfig()), recipe)
+    order = Order(run="x", round=1, rounds=8, strategy="fedavg", scope="all", recipe=recipe, local_epochs=0.4)
+    seen = []
+    for number in range(1, 6):
+        part = part_of_epoch(feed, order.model_copy(update={"round": number}))
+        batches = list(part.epoch(0))
+        assert len(batches) == part.steps == 4
+        seen += [tuple(batch[0][:, 0, 0, 0].tolist()) for batch in batches]
+    wanted = [tuple(b[0][:, 0, 0, 0].tolist()) for epoch in (0, 1) for b in feed.epoch(epoch)]
+    assert seen == wanted[:20]
+
+
+def test_the_local_loss_corrects_for_the_sites_own_classes() -> None:
+    order = Order(
+        run="x", round=2, rounds=4, strategy="fedavg", scope="head", recipe=a_recipe(), adjusted=True, rate=0.5
+    )
+    recipe = local_recipe(order, "a")
+    assert recipe.loss.name == "logit_adjusted" and recipe.balance.strategy == "none"
+    assert recipe.optim.head_epochs == 1 and recipe.optim.epochs == 0 and recipe.optim.lr == 0.0005
+    assert recipe.seed != local_recipe(order, "b").seed
+
+
+def test_a_plan_names_its_sites() -> None:
+    plan = Plan(recipe="", out="", sites="north=12, south=34")
+    assert plan.node_ids() == {12: "north", 34: "south"}
+    with pytest.raises(Exception, match="north"):
+        Plan(recipe="", out="", sites="north").node_ids()
+
+
+def test_only_sites_of_the_plan_are_asked(shards: Path, tmp_path: Path) -> None:
+    plan = a_plan(shards, tmp_path, rounds=1, sites="a=100,b=102")
+    _, grid = run_here(plan)
+    assert {node for _, node, _ in grid.sent} == {100, 102}
+
+
+def test_a_result_says_what_was_done(shards: Path, tmp_path: Path) -> None:
+    run_here(a_plan(shards, tmp_path, rounds=1))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["plan"]["strategy"] == "fedavg" and result["plan"]["recipe"]["name"] == "toy"
+    assert len(result["sites"]["rosendahl"]["confusion"]) == len(CODES)
+    assert make_optimizer(build(a_recipe().backbone), OptimConfig(optimizer="sgd"), head_only=False).defaults[
+        "momentum"
+    ]
+    assert Coordinator.__doc__ and class_sums.__doc__
