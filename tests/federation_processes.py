@@ -16,9 +16,10 @@ from typing import Any
 
 import psutil
 
-from clients.hub import HubError, ask_hub, register_site
+from clients.hub import ask_hub, register_site
 from clients.policy import approve
 from clients.site_config import SiteConfig, make_site
+from dermaflow.errors import FederationError
 
 MAKE_CERTIFICATES = Path(__file__).parents[1] / "deploy/federation/make_certificates.sh"
 
@@ -161,11 +162,11 @@ class Federation:
     def register(self, name: str) -> None:
         self.ids[name] = register_site(self.state, self.folder / name / "key.pub", name)
 
-    def join(self, name: str) -> None:
+    def join(self, name: str, preload: tuple[str, ...] = ("numpy",)) -> None:
         self.nodes[name] = self._python(
             name,
             "import logging; logging.basicConfig(level=20); from clients.node import run_node;"
-            f"run_node({str(self.folder / name)!r}, preload=['numpy'])",
+            f"run_node({str(self.folder / name)!r}, preload={list(preload)!r})",
         )
 
     def run(self, app: Path, **config: Any) -> tuple[str, Path]:
@@ -177,7 +178,7 @@ class Federation:
     def status(self, run: str) -> str:
         try:
             return str(ask_hub(self.state, "list", "hub", "--run-id", run)["runs"][0]["status"])
-        except HubError:  # it may be away for a moment
+        except FederationError:  # it may be away for a moment
             return ""
 
     def approve(self, sha256: str, *names: str) -> None:

@@ -31,6 +31,7 @@ from clients.offline import environment
 from clients.site_checks import CertificateError, look_at_hub
 from clients.site_cli import app as site_app
 from clients.site_config import load_site
+from dermaflow.errors import FederationError
 
 NAMES = ("site-a", "site-b", "site-c", "site-d")
 
@@ -241,7 +242,7 @@ def test_the_hub_leaves_no_process_and_tells_when_it_is_not_there(fed: Federatio
     fed.hub.terminate()
     fed.hub.wait(30)
     assert not is_locked(fed.state / "runs.lock")
-    with pytest.raises(HubError, match="Does the hub run"):
+    with pytest.raises(FederationError, match="Does the hub run"):
         ask_hub(fed.state, "list", "hub")
     for log in [fed.state / "audit.jsonl", *(fed.folder / name / "audit.jsonl" for name in NAMES)]:
         assert verify(log)

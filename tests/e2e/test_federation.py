@@ -1,0 +1,109 @@
+"""Federated training as its users run it: simulated here, and over real sites with TLS and registered keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from federation_here import a_recipe
+from federation_processes import Federation, family, federation, kill_all, until
+from tiny_data import draw, prepare_here
+
+from clients.audit import entries, verify
+from clients.node import read_state
+from clients.site_checks import installed_app
+from dermaflow.bundles.bundle import load_bundle
+
+COMMAND = str(Path(sys.executable).parent / "dermaflow")
+SITES = ("north", "south", "east", "west")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards and a recipe of a small network."""
+    folder = tmp_path_factory.mktemp("federated")
+    draw(folder / "data", 120, 1)
+    prepare_here(folder / "data", folder / "shards")
+    (folder / "toy.yaml").write_text(yaml.safe_dump(a_recipe().model_dump(mode="json")))
+    return folder
+
+
+def federate(here: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [COMMAND, "federate", "--recipe", str(here / "toy.yaml"), *arguments]
+    environment = os.environ | {"DERMAFLOW_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def result_of(process: subprocess.Popen[str], out: Path) -> tuple[dict[str, Any], str]:
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return json.loads((out / "result.json").read_text()), said
+
+
+def rounds(out: Path) -> int:
+    path = out / "rounds.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_a_simulation_that_is_killed_goes_on_and_leaves_a_model(here: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--simulate", "--shards", str(here / "shards"), "--rounds", "3", "--out", str(out)]
+    first = federate(here, *arguments)
+    until(lambda: rounds(out) >= 1 or first.poll() is not None, 120)
+    assert first.poll() is None, first.communicate()[0]
+    kill_all(family(first.pid))
+    done = rounds(out)
+    result, said = result_of(federate(here, *arguments), out)
+    assert len(result["rounds"]) == 3 and "rosendahl" in said and "dermaflow calibrate" in said
+    assert [record["round"] for record in result["rounds"]] == [1, 2, 3] and done >= 1
+    assert load_bundle(out / "model").bundle.calibration is None
+
+
+@pytest.fixture(scope="module")
+def fed(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Four sites that have joined; all approved the app, the last allows no more than the head to be trained."""
+    with federation(tmp_path_factory.mktemp("hospitals")) as found:
+        found.start_hub()
+        for name in SITES:
+            folder = found.make(name, str(here / "shards"))
+            policy = {
+                "approved_apps": [installed_app()], "allowed_strategies": ["fedavg"], "max_rounds": 5,
+                "allowed_scopes": ["head"] if name == "west" else ["head", "last_block", "all"],
+            }  # fmt: skip
+            (folder / "policy.yaml").write_text(yaml.safe_dump(policy))
+        found.wait_for_hub()
+        for name in SITES:
+            found.register(name)
+            found.join(name, preload=("torch", "torchvision", "clients.client_app"))
+        for name in SITES:
+            until(lambda name=name: read_state(found.folder / name).get("state") == "online", 90)
+        yield found
+
+
+def test_hospitals_train_while_one_is_killed_and_one_refuses(here: Path, fed: Federation, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    named = [argument for name in SITES for argument in ("--site", f"{name}={fed.ids[name]}")]
+    process = federate(
+        here, "--state", str(fed.state), *named, "--rounds", "3", "--out", str(out),
+        "--set", "quorum=0.5", "--set", "grace=4", "--set", "min_sites=2",
+    )  # fmt: skip
+    until(lambda: rounds(out) >= 1 or process.poll() is not None, 120)
+    kill_all(family(fed.nodes["south"].pid))
+    result, said = result_of(process, out)
+    first, *_, last = result["rounds"]
+    assert "scope all is not allowed at this site" in first["failed"]["west"]
+    assert "south" in last["failed"] and sorted(last["sites"]) == ["east", "north"]
+    assert sorted(first["sites"]) == ["east", "north", "south"] and "without west" in said
+    audit = fed.folder / "north" / "audit.jsonl"
+    assert verify(audit) > 0
+    assert {entry["event"] for entry in entries(audit)} >= {"message in", "message out"}, list(entries(audit))[-1]
+    text = audit.read_text() + (fed.folder / "north.log").read_text()
+    assert "HAM_" not in text and "ISIC_" not in text  # no lesion and no image is named
