@@ -83,7 +83,7 @@ class GridHere(Grid):
 def a_recipe(**optim: Any) -> Recipe:
     """Small and quick, with normalisation layers."""
     content = {
-        "name": "toy", "input": {"height": 48, "width": 64}, "backbone": {"name": "mobilenet_v2", "dropout": 0.0},
+        "name": "toy", "input": {"height": 32, "width": 32}, "backbone": {"name": "mobilenet_v2", "dropout": 0.0},
         "optim": {"batch_size": 8, "lr": 0.001, "layer_decay": 1.0} | optim,
     }  # fmt: skip
     return Recipe.model_validate(content)
