@@ -29,6 +29,7 @@ OURS: dict[str, Any] = {"loss": "adjusted", "head": "statistics"}
 """Losses adjusted to each site's class frequencies, a first head from class sums, and the rounds averaged."""
 OFTEN: dict[str, Any] = {"local_epochs": 0.25, "average": 0.9}
 CANDIDATES: dict[str, dict[str, Any]] = {
+    "class weights of all sites, four rounds an epoch": OFTEN | {"head": "statistics"},
     "shared normalisation": OURS | {"average": 0.7},
     "shared normalisation, four rounds an epoch": OURS | OFTEN,
     "frozen normalisation, four rounds an epoch": OURS | OFTEN | {"norm": "frozen"},
@@ -38,9 +39,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 BASELINES: dict[str, dict[str, Any]] = {
     "pooled": {"only": POOLED, "head_rounds": 1},
     "pooled, adjusted loss": OURS | {"only": POOLED, "average": 0.7},
-    "FedAvg": {"head_rounds": 1},
-    "FedProx": {"head_rounds": 1, "strategy": "fedprox"},
-    "FedAdam": {"head_rounds": 1, "strategy": "fedadam"},
+    "FedAvg": {"head_rounds": 1, "weights_of": "site"},
+    "FedProx": {"head_rounds": 1, "weights_of": "site", "strategy": "fedprox"},
+    "FedAdam": {"head_rounds": 1, "weights_of": "site", "strategy": "fedadam"},
 }
 """With the recipe's own loss and one round an epoch, but for the second."""
 

@@ -71,6 +71,8 @@ class Coordinator:
         began = time.monotonic()
         described = self._ask(self.training, "describe", None, self.order)
         counts = {_site_of(answer): array_of(answer, "train").tolist() for answer in described}
+        if self.plan.weights_of == "all":
+            self.order = self.order.model_copy(update={"counts": np.sum(list(counts.values()), axis=0).tolist()})
         if self.plan.head == "statistics" and not self.rounds:
             self._statistics_head()
         scopes: list[tuple[Scope, int, int]] = [

@@ -35,8 +35,11 @@ class Plan(BaseModel):
         "new", description="statistics: the first head comes from class sums of all sites, exact in one exchange."
     )
     loss: Literal["recipe", "adjusted"] = Field(
-        "recipe", description="adjusted: each site corrects for its own class frequencies (logit adjustment)."
+        "recipe",
+        description="recipe: class weights are those of all sites together, so that every site minimises its share of "
+        "one loss; adjusted: each site corrects for its own class frequencies (logit adjustment).",
     )
+    weights_of: Literal["all", "site"] = Field("all", description="Whose class frequencies give the class weights.")
     norm: Norm = Field(
         "shared",
         description="Normalisation layers: shared; local, they stay at the site (FedBN); frozen, with the running "
@@ -120,6 +123,7 @@ class Order(BaseModel):
     local_epochs: float = 1.0
     rate: float = 1.0  # of the recipe's learning rates
     adjusted: bool = False
+    counts: list[int] | None = None  # training images of each class over all sites; class weights come from them
     norm: Norm = "shared"
     keep_moments: bool = True
     mu: float = 0.0

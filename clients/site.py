@@ -118,7 +118,7 @@ class Site:
         seen = self._confusion(network, order, "calibration") if order.monitor else None
         recipe = local_recipe(order, self.data.name)
         size = recipe.input.height, recipe.input.width
-        rule = balance(class_counts(labels), recipe.balance)
+        rule = balance(np.array(order.counts) if order.counts else class_counts(labels), recipe.balance)
         feed = memory_feed(self.data.pixels("train", *size), labels, rule, recipe)
         if order.local_epochs < 1:  # parts of one epoch come from one order of the images
             whole = recipe.model_copy(update={"seed": _seed(order, 0, self.data.name)})
