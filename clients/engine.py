@@ -27,6 +27,10 @@ if TYPE_CHECKING:  # it imports torch, for which a hub would wait
     from clients.plan import Plan
 
 
+ASK_EVERY = 15.0
+"""Seconds between two questions to Flower whether a run still goes on."""
+
+
 def command(name: str) -> str:
     """Path of one of Flower's commands, those of this Python first.
 
@@ -77,9 +81,8 @@ def submit(home: Path, connection: str, plan: Plan, *options: str) -> int:
 
 
 def follow(
-    home: Path, connection: str, run: int, look: Callable[[], None] = lambda: None,
-    alive: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:  # fmt: skip
+    home: Path, connection: str, run: int, look: Callable[[], None], ended: Callable[[], bool]
+) -> None:  # fmt: skip
     """Wait for the end of a run, and stop it if this process is stopped.
 
     Args:
@@ -87,17 +90,17 @@ def follow(
         connection: Name of the SuperLink.
         run: Its id.
         look: Called twice a second, to show progress.
-        alive: Called as often, to raise if what the run needs has ended.
+        ended: Whether the run has written its result; Flower itself, whose command line takes a second of a core, is
+            asked seldom until then.
 
     Raises:
         FederationError: The run failed; the end of its log is in the error.
     """
-    asked = 0.0
+    asked = time.monotonic()
     try:
         while True:
             look()
-            alive()
-            if time.monotonic() - asked > 2:
+            if ended() or time.monotonic() - asked > ASK_EVERY:
                 found: dict[str, Any] = flwr(home, "list", connection, "--run-id", str(run))["runs"][0]
                 asked = time.monotonic()
                 if found["status"].startswith("finished"):
@@ -113,7 +116,6 @@ def follow(
             f"{found['status']}: {found.get('status-details', '')}\n{log_of(home, connection, run)}",
             where=f"run {run}", todo="cure that and run the same command again: finished rounds are kept",
         )  # fmt: skip
-    return found
 
 
 def log_of(home: Path, connection: str, run: int, lines: int = 30) -> str:

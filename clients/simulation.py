@@ -12,7 +12,10 @@ from clients.coordinator import RESULT, read_rounds
 from clients.engine import follow, simulation_engine, submit
 from clients.plan import Plan
 from clients.site_data import simulated_sites
+from dermaflow import storage
+from dermaflow.errors import FederationError
 
+PLAN = "plan.json"
 Progress = Callable[[str, int, int], None]
 """Called with a label, rounds done and rounds in all."""
 
@@ -31,22 +34,19 @@ def simulate(plan: Plan, *, gpus: float = 0.0, progress: Progress = lambda label
         What `result.json` in the plan's folder holds.
 
     Raises:
-        FederationError: The run failed.
+        FederationError: The run failed, or the folder belongs to another plan.
     """
     out = Path(plan.out).absolute()
     plan = plan.model_copy(
         update={"out": str(out), "shards": _absolute(plan.shards), "name": plan.name or "simulation"}
     )
-    sites = len(simulated_sites(plan.shards, plan.partition))
-
-    def look() -> None:
-        progress(plan.strategy, len(read_rounds(out)), plan.rounds)
-
-    with simulation_engine(out / "flower", sites, gpus) as (connection, options):
-        run = submit(out / "flower", connection, plan, *options)
-        follow(out / "flower", connection, run, look)
-    result: dict[str, Any] = json.loads((out / RESULT).read_text())
-    return result
+    claim(plan)
+    if not (out / RESULT).exists():
+        sites = len(simulated_sites(plan.shards, plan.partition))
+        with simulation_engine(out / "flower", sites, gpus) as (connection, options):
+            run = submit(out / "flower", connection, plan, *options)
+            _follow(out / "flower", connection, run, plan, progress)
+    return _result(out)
 
 
 def submit_to_hub(plan: Plan, state: Path, progress: Progress = lambda label, done, total: None) -> dict[str, Any]:
@@ -61,14 +61,46 @@ def submit_to_hub(plan: Plan, state: Path, progress: Progress = lambda label, do
         What `result.json` in the plan's folder holds.
 
     Raises:
-        FederationError: The hub does not answer, or the run failed.
+        FederationError: The hub does not answer, the run failed, or the folder belongs to another plan.
     """
     out = Path(plan.out).absolute()
     name = plan.name or hashlib.sha256(str(out).encode()).hexdigest()[:12]
     plan = plan.model_copy(update={"out": str(out), "name": name})
-    home = state.absolute() / "flower"
-    run = submit(home, "hub", plan)
-    follow(home, "hub", run, lambda: progress(plan.strategy, len(read_rounds(out)), plan.rounds))
+    claim(plan)
+    if not (out / RESULT).exists():
+        home = state.absolute() / "flower"
+        run = submit(home, "hub", plan)
+        _follow(home, "hub", run, plan, progress)
+    return _result(out)
+
+
+def claim(plan: Plan) -> None:
+    """Mark the folder of a run as that of its plan.
+
+    Raises:
+        FederationError: It belongs to another plan.
+    """
+    path, text = Path(plan.out) / PLAN, plan.model_dump_json(indent=1)
+    if not path.exists():
+        storage.write_bytes(path, text.encode())
+    elif path.read_text() != text:
+        old = json.loads(path.read_text())
+        other = [name for name, value in json.loads(text).items() if old.get(name) != value]
+        raise FederationError(
+            f"this folder belongs to a run with another {', '.join(other)}", where=plan.out,
+            todo="choose another --out, or remove the folder to start anew",
+        )  # fmt: skip
+
+
+def _follow(home: Path, connection: str, run: int, plan: Plan, progress: Progress) -> None:
+    out = Path(plan.out)
+    follow(
+        home, connection, run, look=lambda: progress(plan.strategy, len(read_rounds(out)), plan.rounds),
+        ended=lambda: (out / RESULT).exists(),
+    )  # fmt: skip
+
+
+def _result(out: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((out / RESULT).read_text())
     return result
 

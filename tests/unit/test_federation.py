@@ -21,6 +21,7 @@ from clients.memory import Memory
 from clients.partition import site_of_lesions
 from clients.plan import Order, Plan
 from clients.rounds import SiteRounds
+from clients.simulation import claim
 from clients.site import Correction, Layouts, Model, Site, local_recipe, part_of_epoch
 from clients.site_data import SiteData, simulated_sites
 from clients.wire import layout_of, pack
@@ -375,6 +376,14 @@ def test_a_plan_names_its_sites() -> None:
     assert plan.node_ids() == {12: "north", 34: "south"}
     with pytest.raises(Exception, match="north"):
         Plan(recipe="", out="", sites="north").node_ids()
+
+
+def test_a_folder_belongs_to_one_plan(tmp_path: Path) -> None:
+    plan = a_plan("shards", tmp_path)
+    claim(plan)
+    claim(plan)
+    with pytest.raises(FederationError, match="another rounds, seed"):
+        claim(plan.model_copy(update={"rounds": 9, "seed": 9}))
 
 
 def test_only_sites_of_the_plan_are_asked(shards: Path, tmp_path: Path) -> None:
