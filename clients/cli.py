@@ -88,8 +88,9 @@ def run(
         for name, reason in record["failed"].items():
             console.print(f"round {record['round']}: without {name}: {reason}", markup=False)
     console.print(
-        f"{bundle}: the model; each site fits probabilities and thresholds on its own images: "
-        "dermaflow calibrate --model MODEL --shards ITS-SHARDS --out ITS-MODEL", soft_wrap=True,
+        f"{bundle}: the model, calibrated on sums of all sites. For one site's own images: dermaflow calibrate --model "
+        f"{bundle} --shards ITS-SHARDS --out ITS-MODEL\nnext: dermaflow evaluate --model {bundle} --shards SHARDS "
+        "--out REPORT", markup=False, soft_wrap=True,
     )  # fmt: skip
 
 

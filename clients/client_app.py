@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.memory import Memory
-from clients.messages import ARRAYS, CONFIG, read_model, read_order, update_record
+from clients.messages import ARRAYS, CONFIG, array_of, read_model, read_order, update_record
 from clients.plan import Order, Plan
 from clients.policy import Refused, load_policy, refusal
 from clients.site import Layouts, Model, Site
@@ -46,7 +48,23 @@ def class_sums(message: Message, context: Context) -> Message:
     """Class-wise sums of the frozen backbone's features over the training split."""
     order, site, model, _ = _read(message, context)
     sums = site.class_sums(order, model)
-    return _answer(message, site, {name: Array(getattr(sums, name)) for name in ("counts", "sums", "products")})
+    return _answer(message, site, _arrays(sums))
+
+
+@app.query("scaling_sums")
+def scaling_sums(message: Message, context: Context) -> Message:
+    """Sums of the final model's log loss on the calibration split, at a temperature and bias."""
+    _, site = _asked(message, context)
+    sums = site.scaling_sums(array_of(message, "parameters"))
+    return _answer(message, site, _arrays(sums))
+
+
+@app.query("calibration_counts")
+def calibration_counts(message: Message, context: Context) -> Message:
+    """Histograms of the final model on the calibration split."""
+    order, site = _asked(message, context)
+    sent = (array_of(message, name) for name in ("parameters", "priors", "mean", "whitener"))
+    return _answer(message, site, _arrays(site.calibration_counts(order, *sent)))
 
 
 @app.query("evaluate")
@@ -87,6 +105,10 @@ def _asked(message: Message, context: Context) -> tuple[Order, Site]:
     if reason:
         raise Refused(reason)
     return order, site
+
+
+def _arrays(sums: Any) -> dict[str, Array]:
+    return {item.name: Array(np.asarray(getattr(sums, item.name), np.float64)) for item in fields(sums)}
 
 
 def _answer(message: Message, site: Site, arrays: dict[str, Array]) -> Message:

@@ -6,9 +6,11 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
+from functools import reduce
+from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,12 +30,28 @@ from dermaflow.errors import CheckpointError, FederationError
 from dermaflow.learning.backbones import Network, build
 from dermaflow.learning.linear_head import ClassSums, discriminant_head
 from dermaflow.learning.optimisation import Scope
+from dermaflow.schemas.bundle import Calibration, Reference
+from dermaflow.trust.ood import reference_of_sums
+from dermaflow.trust.pooled import CalibrationCounts, ScalingSums, Sums, calibration_of, fit_scaling
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT, ROUNDS, RESULT, WEIGHTS = "checkpoint.safetensors", "rounds.jsonl", "result.json", "weights.safetensors"
+REFERENCE = "reference.safetensors"
 ONLINE = 120.0
 """Seconds to wait for the sites of a run."""
+
+
+S = TypeVar("S", ClassSums, ScalingSums, CalibrationCounts, "Described")
+
+
+@dataclass(frozen=True)
+class Described(Sums):
+    """Images of each class in each split."""
+
+    train: np.ndarray
+    calibration: np.ndarray
+    test: np.ndarray
 
 
 class Coordinator:
@@ -82,9 +100,13 @@ class Coordinator:
             if first <= last:
                 self._train(scope, first, last)
         storage.write_bytes(self.out / WEIGHTS, save({k: v.numpy() for k, v in self.network.state_dict().items()}))
+        sites = self._evaluate()
+        calibration, reference = self._calibrate()
+        storage.write_bytes(self.out / REFERENCE, save({"mean": reference.mean, "whitener": reference.whitener}))
         result = {
+            "calibration": calibration.model_dump(mode="json"),
             "plan": self.plan.model_dump() | {"recipe": json.loads(self.plan.recipe)},
-            "counts": counts, "rounds": self.rounds, "sites": self._evaluate(), "seconds": time.monotonic() - began,
+            "counts": counts, "rounds": self.rounds, "sites": sites, "seconds": time.monotonic() - began,
             "training_sites": sorted(self.training.names.values()),
         }  # fmt: skip
         storage.write_bytes(self.out / RESULT, json.dumps(result, indent=1).encode())
@@ -110,11 +132,13 @@ class Coordinator:
             failed=lambda reasons: self._failed(reasons),
         )  # fmt: skip
 
-    def _ask(self, grid: SiteGrid, question: str, model: Model | None, order: Order) -> list[Message]:
+    def _ask(
+        self, grid: SiteGrid, question: str, model: Model | None, order: Order, **more: np.ndarray
+    ) -> list[Message]:
         layouts = Layouts.of(order) if model else None
         messages = [
-            Message(order_record(order, model, layouts), dst_node_id=node, message_type=f"query.{question}")
-            for node in grid.names
+            Message(order_record(order, model, layouts, **more), dst_node_id=node, message_type=f"query.{question}")
+            for node in grid.get_node_ids()
         ]
         return grid.send_and_receive(messages, timeout=self.plan.timeout)
 
@@ -183,6 +207,26 @@ class Coordinator:
         self.rounds.append(entry)
         lines = "".join(json.dumps(row) + "\n" for row in self.rounds)
         storage.write_bytes(self.out / ROUNDS, lines.encode())
+
+    def _calibrate(self) -> tuple[Calibration, Reference]:
+        """Temperature, bias, sets, thresholds and out-of-distribution distance from sums of the training sites."""
+
+        def total(kind: type[S], question: str, model: Model | None, **more: np.ndarray) -> S:
+            answers = self._ask(self.training, question, model, self.order, **more)
+            if len(answers) < self.plan.min_sites:
+                raise FederationError(f"{len(answers)} sites answered {question}", expected=f"{self.plan.min_sites}")
+            names = [item.name for item in fields(kind)]
+            return reduce(add, [kind(*(array_of(answer, name) for name in names)) for answer in answers])
+
+        features = total(ClassSums, "class_sums", self._model(self.order)[0])
+        reference = reference_of_sums(features.counts.sum(), features.sums.sum(0), features.products)
+        temperature, bias = fit_scaling(lambda at: total(ScalingSums, "scaling_sums", None, parameters=at))
+        images = total(Described, "describe", None).calibration
+        counts = total(
+            CalibrationCounts, "calibration_counts", None, parameters=np.append(np.log(temperature), bias),
+            priors=images / images.sum(), mean=reference.mean, whitener=reference.whitener,
+        )  # fmt: skip
+        return calibration_of(counts, temperature, bias), reference
 
     def _evaluate(self) -> dict[str, Any]:
         """The final model on every site's test split: counts only."""

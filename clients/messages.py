@@ -16,8 +16,8 @@ from dermaflow import __version__
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
 
-def order_record(order: Order, model: Model | None, layouts: Layouts | None) -> RecordDict:
-    """What a site is asked; without a model where a question needs none."""
+def order_record(order: Order, model: Model | None, layouts: Layouts | None, **more: np.ndarray) -> RecordDict:
+    """What a site is asked; without a model where a question needs none, with further arrays where it needs them."""
     config: dict[str, Any] = {"order": order.model_dump_json()}
     content = RecordDict()
     if model is not None and layouts is not None:
@@ -28,6 +28,8 @@ def order_record(order: Order, model: Model | None, layouts: Layouts | None) -> 
         if model.control is not None:
             arrays["control"] = Array(model.control)
         content[ARRAYS] = ArrayRecord(arrays)
+    elif more:
+        content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in more.items()})
     content[CONFIG] = ConfigRecord(config)
     return content
 

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import yaml
 from pydantic import ValidationError
+from safetensors.numpy import load_file
 
-from clients.coordinator import RESULT, network_of_result
+from clients.coordinator import REFERENCE, RESULT, network_of_result
 from clients.plan import Plan
 from dermaflow.bundles.bundle import save_bundle
 from dermaflow.errors import DataError, RecipeError
 from dermaflow.learning.recipe import load_recipe
 from dermaflow.learning.train import versions
 from dermaflow.preparation.reading import ShardFolder
-from dermaflow.schemas.bundle import Bundle, TrainingRecord
+from dermaflow.schemas.bundle import Bundle, Calibration, Reference, TrainingRecord
 
 MODEL = "model"
 """Folder of the bundle within that of the run."""
@@ -76,7 +77,7 @@ def _parsed(changes: list[str]) -> dict[str, Any]:
 
 
 def save_model(plan: Plan) -> Path:
-    """Write the model of a finished run as a bundle, not calibrated yet; returns its folder."""
+    """Write the model of a finished run as a bundle; returns its folder."""
     folder = Path(plan.out)
     result = json.loads((folder / RESULT).read_text())
     recipe = plan.parsed_recipe
@@ -95,12 +96,16 @@ def save_model(plan: Plan) -> Path:
     bundle = Bundle(
         name=f"{recipe.name}-federated", backbone=recipe.backbone.name, input=recipe.input_spec,
         dropout=recipe.backbone.dropout, train_priors=(counts / counts.sum()).tolist(), training=record,
+        calibration=Calibration.model_validate(result["calibration"]),
     )  # fmt: skip
     card = (
         f"# {bundle.name}\n\nTrained by {plan.strategy} over {', '.join(result['training_sites'])}, "
-        f"{len(history)} rounds. Not calibrated: run `dermaflow calibrate` with a site's own shards.\n"
+        f"{len(history)} rounds. Calibrated on sums of the sites' calibration splits; not evaluated yet.\n"
     )
-    save_bundle(folder / MODEL, bundle, network_of_result(plan, folder).state_dict(), None, card)
+    tensors = load_file(folder / REFERENCE)
+    none = np.zeros((0, len(tensors["mean"])), np.float16)
+    reference = Reference(none, tensors["mean"], tensors["whitener"], (), (), ())
+    save_bundle(folder / MODEL, bundle, network_of_result(plan, folder).state_dict(), reference, card)
     return folder / MODEL
 
 

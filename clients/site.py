@@ -25,8 +25,11 @@ from dermaflow.learning.loop import Batch, Feed, Run, fit
 from dermaflow.learning.optimisation import Scope, pick_device
 from dermaflow.learning.recipe import Recipe
 from dermaflow.preparation.balancing import balance
+from dermaflow.schemas.bundle import Reference
 from dermaflow.schemas.shard import Split
 from dermaflow.settings import settings
+from dermaflow.trust.ood import ood_score
+from dermaflow.trust.pooled import CalibrationCounts, ScalingSums, calibration_counts, scaling_sums
 from dermaflow.trust.thresholds import resample
 
 
@@ -171,13 +174,16 @@ class Site:
         return class_sums(features, self.data.labels("train"))
 
     def evaluate(self, order: Order, model: Model) -> dict[str, np.ndarray]:
-        """Counts on the test split, never a score of an image.
+        """Counts of the final model on the test split; what it says of the calibration split is kept here for later.
 
         Returns:
             ``confusion`` int64 [7, 7], truth by prediction; ``hits`` and ``totals`` int64 [R, 7] in each resample of
             the site's lesions; ``lesions`` int64 [7].
         """
-        logits, _ = self._predict(self.network(order, model), order, "test")
+        network = self.network(order, model)
+        logits, features = self._predict(network, order, "calibration", views=order.recipe.input.views)
+        self.memory.keep("final", logits=logits, features=features)
+        logits, _ = self._predict(network, order, "test", views=order.recipe.input.views)
         labels, found = self.data.labels("test"), logits.argmax(1)
         lesions = self.data.metadata("test")["lesion_id"].to_numpy()
         confusion = np.zeros((7, 7), np.int64)
@@ -190,16 +196,44 @@ class Site:
         of_class = [len(set(lesions[labels == k])) for k in range(7)]
         return {"confusion": confusion, "lesions": np.array(of_class, np.int64), **counts}
 
+    def scaling_sums(self, parameters: np.ndarray) -> ScalingSums:
+        """Sums of the final model's log loss on the calibration split, at a temperature and bias."""
+        return scaling_sums(self._final()["logits"], self.data.labels("calibration"), parameters)
+
+    def calibration_counts(
+        self, order: Order, parameters: np.ndarray, priors: np.ndarray, mean: np.ndarray, whitener: np.ndarray
+    ) -> CalibrationCounts:
+        """Histograms of the final model on the calibration split.
+
+        Args:
+            order: For its seed.
+            parameters: [8], log temperature and bias of all sites.
+            priors: [7], class frequencies of all sites' calibration splits.
+            mean: float32 [D], of the features of all sites' training splits.
+            whitener: float32 [D, D], see `Reference`.
+        """
+        final = self._final()
+        reference = Reference(np.zeros((0, len(mean)), np.float16), mean, whitener, (), (), ())
+        return calibration_counts(
+            final["logits"], self.data.labels("calibration"), self.data.metadata("calibration")["lesion_id"].to_numpy(),
+            float(np.exp(parameters[0])), parameters[1:], priors.tolist(), ood_score(final["features"], reference),
+            seed=order.seed,
+        )  # fmt: skip
+
+    def _final(self) -> dict[str, np.ndarray]:
+        final = self.memory.recall("final")
+        if final is None:
+            raise DataError("the final model never came", where=self.data.name)
+        return final
+
     def _confusion(self, network: Network, order: Order, split: Split) -> np.ndarray:
         logits, _ = self._predict(network, order, split)
         counts = np.zeros((7, 7), np.int64)
         np.add.at(counts, (self.data.labels(split), logits.argmax(1)), 1)
         return counts
 
-    def _predict(self, network: Network, order: Order, split: Split) -> tuple[np.ndarray, np.ndarray]:
-        spec = order.recipe.input_spec
-        if split != "test":
-            spec = spec.model_copy(update={"views": 1})
+    def _predict(self, network: Network, order: Order, split: Split, views: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        spec = order.recipe.input_spec.model_copy(update={"views": views})
         pixels = self.data.pixels(split, spec.height, spec.width)
         if not len(pixels):
             return np.zeros((0, 7), np.float32), np.zeros((0, network.head.in_features), np.float32)

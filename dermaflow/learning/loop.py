@@ -111,7 +111,7 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
     loss_of = make_loss(recipe.loss, class_weights, torch.tensor(run.priors, dtype=torch.float32, device=run.device))
     precision = pick_precision(optim, run.device)
     best: State = {"loss": math.inf, "epoch": -1, "network": {}}
-    first_epoch = 0
+    first_epoch, given = 0, run.moments
     if state is not None:
         check_state(state, recipe, run.data_hash)
         network.load_state_dict(state["network"])
@@ -128,8 +128,8 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
         if state is not None and first_epoch > start:
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
-        elif run.moments:
-            put_moments(optimizer, network, run.moments)
+        elif given:
+            put_moments(optimizer, network, given)
         model = run.wrap(network)
 
         for epoch in range(max(start, first_epoch), end):

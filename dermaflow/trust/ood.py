@@ -54,16 +54,48 @@ def make_reference(
 
     mean = features.mean(axis=0, dtype=np.float64)
     covariance, _ = ledoit_wolf(features - mean, assume_centered=True)
-    variance, axes = np.linalg.eigh(covariance)
-    variance = np.maximum(variance, 1e-6 * variance.mean() + 1e-12)  # a handful of equal images has none
     return Reference(
         features=_normalise(features).astype(np.float16),
         mean=mean.astype(np.float32),
-        whitener=(axes / np.sqrt(variance * len(variance))).astype(np.float32),
+        whitener=_whitener(covariance),
         image_ids=tuple(image_ids),
         lesion_ids=tuple(lesion_ids),
         dx=tuple(dx),
     )
+
+
+def reference_of_sums(count: float, total: np.ndarray, products: np.ndarray) -> Reference:
+    """A reference that names no image, from sums over the training splits of several sites.
+
+    The covariance is shrunk by the oracle approximation (Chen et al., IEEE Trans Signal Process 58, 5016, 2010), which
+    needs no more of the images than their covariance; that of Ledoit and Wolf needs fourth moments.
+
+    Args:
+        count: Images.
+        total: float64 [D], sum of the features.
+        products: float64 [D, D], sum of their outer products.
+
+    Raises:
+        DataError: There is no image, or a sum is not finite.
+    """
+    if count <= 0 or not np.isfinite(products).all():
+        raise DataError("the sums are of no image, or not finite", expected="finite features of at least one image")
+    mean, width = total / count, len(total)
+    covariance = products / count - np.outer(mean, mean)
+    size, square = np.trace(covariance), np.square(covariance).sum()
+    top = square / width**2 + (size / width) ** 2
+    bottom = (count + 1) * (square / width**2 - (size / width) ** 2 / width)
+    share = 1.0 if bottom <= 0 else min(1.0, top / bottom)
+    shrunk = (1 - share) * covariance + share * size / width * np.eye(width)
+    none = np.zeros((0, width), np.float16)
+    return Reference(none, mean.astype(np.float32), _whitener(shrunk), (), (), ())
+
+
+def _whitener(covariance: np.ndarray) -> np.ndarray:
+    variance, axes = np.linalg.eigh(covariance)
+    variance = np.maximum(variance, 1e-6 * variance.mean() + 1e-12)  # a handful of equal images has none
+    whitener: np.ndarray = (axes / np.sqrt(variance * len(variance))).astype(np.float32)
+    return whitener
 
 
 def fit_ood(features: np.ndarray, reference: Reference, quantile: float = QUANTILE) -> OodSpec:

@@ -59,7 +59,8 @@ def test_a_simulation_leaves_a_model_and_says_how_good_it_is(here: Path, tmp_pat
     result, said = result_of(federate(here, *arguments), out)
     assert sorted(result["rounds"][0]["sites"]) == ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"]
     assert "rosendahl" in said and "dermaflow calibrate" in said
-    assert load_bundle(out / "model").bundle.calibration is None
+    calibration = load_bundle(out / "model").bundle.calibration
+    assert calibration is not None and calibration.images == result["calibration"]["images"] > 0
 
 
 @pytest.mark.slow
@@ -101,7 +102,7 @@ def test_hospitals_train_while_one_is_killed_and_one_refuses(here: Path, fed: Fe
     out = tmp_path / "out"
     named = [argument for name in SITES for argument in ("--site", f"{name}={fed.ids[name]}")]
     process = federate(
-        here, "--state", str(fed.state), *named, "--rounds", "3", "--out", str(out),
+        here, "--state", str(fed.state), *named, "--rounds", "2", "--out", str(out),
         "--set", "quorum=0.5", "--set", "grace=4", "--set", "min_sites=2",
     )  # fmt: skip
     until(lambda: rounds(out) >= 1 or process.poll() is not None, 120)

@@ -192,6 +192,7 @@ def nothing_half_written(model: Path) -> bool:
     return not model.exists() and not list(model.parent.glob(f".{model.name}.*"))
 
 
+@pytest.mark.slow
 def test_pipeline_asked_for_through_the_api(
     server: Server, runner: subprocess.Popen[bytes], data: Path, tmp_path: Path
 ) -> None:

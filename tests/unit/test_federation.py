@@ -16,22 +16,26 @@ from flwr.app import Array, Message
 from safetensors.numpy import load_file
 from tiny_data import draw, prepare_here
 
-from clients.coordinator import Coordinator
+from clients.coordinator import network_of_result
 from clients.memory import Memory
 from clients.partition import site_of_lesions
 from clients.plan import Order, Plan
+from clients.result import save_model
 from clients.rounds import SiteRounds
 from clients.simulation import claim
 from clients.site import Correction, Layouts, Model, Site, local_recipe, part_of_epoch
 from clients.site_data import SiteData, simulated_sites
 from clients.wire import layout_of, pack
+from dermaflow.bundles.bundle import load_bundle
 from dermaflow.errors import FederationError
 from dermaflow.learning.backbones import build
-from dermaflow.learning.linear_head import class_sums, discriminant_head
+from dermaflow.learning.inference import predict
+from dermaflow.learning.linear_head import discriminant_head
 from dermaflow.learning.local import memory_feed
-from dermaflow.learning.optimisation import OptimConfig, make_optimizer
 from dermaflow.preparation.balancing import BalanceConfig, balance
 from dermaflow.taxonomy import CODES
+from dermaflow.trust.ood import ood_score
+from dermaflow.trust.temperature import fit_temperature_and_bias
 
 SITES = ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"]
 
@@ -153,7 +157,8 @@ def test_the_head_of_all_sites_is_the_pooled_head(shards: Path, tmp_path: Path) 
     plan = a_plan(shards, tmp_path / "a", rounds=1, head="statistics", scope="head")
     plan = plan.model_copy(update={"recipe": a_recipe(head_lr=1e-12).model_dump_json()})
     _, grid = run_here(plan)
-    assert [kind for kind, _, _ in grid.sent].count("query.class_sums") == 4
+    kinds = [kind for kind, _, _ in grid.sent]
+    assert kinds[: kinds.index("train")].count("query.class_sums") == 4
     order = Order(run="x", round=0, rounds=1, strategy="fedavg", scope="head", recipe=a_recipe())
     torch.manual_seed(0)
     start = build(a_recipe().backbone)
@@ -397,7 +402,24 @@ def test_a_result_says_what_was_done(shards: Path, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["plan"]["strategy"] == "fedavg" and result["plan"]["recipe"]["name"] == "toy"
     assert len(result["sites"]["rosendahl"]["confusion"]) == len(CODES)
-    assert make_optimizer(build(a_recipe().backbone), OptimConfig(optimizer="sgd"), head_only=False).defaults[
-        "momentum"
-    ]
-    assert Coordinator.__doc__ and class_sums.__doc__
+
+
+def test_the_bundle_is_calibrated_as_on_pooled_images(shards: Path, tmp_path: Path) -> None:
+    """Temperature, bias and the distance from the training images come from sums, and are those of all images."""
+    plan = a_plan(shards, tmp_path, rounds=1)
+    run_here(plan)
+    bundle = load_bundle(save_model(plan))
+    calibration = bundle.bundle.calibration
+    assert calibration is not None and calibration.ood is not None and bundle.reference is not None
+    whole, network = SiteData("all", str(shards)), network_of_result(plan, tmp_path)
+    spec = a_recipe().input_spec
+    logits, features = predict(network, whole.pixels("calibration", spec.height, spec.width), spec)
+    temperature, bias = fit_temperature_and_bias(logits, whole.labels("calibration"))
+    assert calibration.temperature == pytest.approx(temperature, rel=1e-2)
+    assert np.allclose(calibration.bias, bias, atol=1e-2)
+    _, trained = predict(network, whole.pixels("train", spec.height, spec.width), spec)
+    assert np.allclose(bundle.reference.mean, trained.mean(0), atol=1e-4)
+    assert bundle.reference.image_ids == () and len(bundle.reference.features) == 0
+    far = ood_score(features, bundle.reference)
+    assert (far <= calibration.ood.threshold).mean() >= 0.97
+    assert calibration.images == len(logits) and sum(calibration.priors) == pytest.approx(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -266,3 +267,35 @@ def test_a_loss_that_is_not_finite_ends_the_run(pixels: np.ndarray, head_epochs:
     ):
         fit(a_network(recipe), a_run(recipe, pixels, on_epoch=kept))
     assert kept.states == []
+
+
+def test_an_optimiser_goes_on_from_the_moments_of_an_earlier_call(pixels: np.ndarray) -> None:
+    """Two calls of one epoch, the second with what the optimiser remembered, come near one call of two epochs."""
+    choices: dict[str, Any] = {"schedule": "constant", "warmup": 0.0}
+    once, twice = a_recipe(epochs=1, **choices), a_recipe(epochs=2, **choices)
+    whole, _ = fit(a_network(twice), a_run(twice, pixels))
+    first = a_run(once, pixels)
+    network, _ = fit(a_network(once), first)
+    assert any(name.endswith("/exp_avg") for name in first.moments)
+
+    def away(moments: dict[str, torch.Tensor]) -> float:
+        run = a_run(once, pixels, moments=moments)
+        run.feed = dataclasses.replace(run.feed, epoch=lambda _, epoch=run.feed.epoch: epoch(1))
+        other, _ = fit(copy.deepcopy(network), run)
+        pairs = zip(whole.state_dict().values(), other.state_dict().values(), strict=True)
+        return float(sum((a - b).abs().sum() for a, b in pairs))
+
+    assert away(first.moments) < away({})  # dropout and augmentation are drawn by the epoch's number: near, not equal
+
+
+def test_frozen_normalisation_keeps_its_statistics_and_a_last_block_its_body(pixels: np.ndarray) -> None:
+    recipe = a_recipe("mobilenet_v2", epochs=1, freeze_norm=True)
+    start = a_network(recipe).state_dict()
+    end = fit(a_network(recipe), a_run(recipe, pixels))[0].state_dict()
+    assert all(torch.equal(end[name], start[name]) for name in end if "running" in name)
+    assert not torch.equal(end["body.features.0.0.weight"], start["body.features.0.0.weight"])
+    recipe = a_recipe("mobilenet_v2", epochs=1, trained="last_block")
+    end = fit(a_network(recipe), a_run(recipe, pixels))[0].state_dict()
+    assert torch.equal(end["body.features.0.0.weight"], start["body.features.0.0.weight"])
+    assert torch.equal(end["body.features.0.1.running_mean"], start["body.features.0.1.running_mean"])
+    assert not torch.equal(end["body.features.18.1.running_mean"], start["body.features.18.1.running_mean"])
