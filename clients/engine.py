@@ -155,8 +155,9 @@ def simulation_engine(home: Path, sites: int, gpus: float = 0.0) -> Iterator[tup
         _until_healthy(link, port, log)
         options = {
             "num-supernodes": sites, "client-resources-num-cpus": cpus // actors, "client-resources-num-gpus": gpus,
-            "init-args-num-cpus": cpus,
         }  # fmt: skip
+        if not os.environ.get("RAY_ADDRESS"):  # a cluster that is there has its own CPUs
+            options["init-args-num-cpus"] = cpus
         yield "here", ("--federation-config", " ".join(f"{key}={value}" for key, value in options.items()))
     finally:
         _end(link)
