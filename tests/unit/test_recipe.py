@@ -51,7 +51,7 @@ def test_every_wrong_thing_is_named_at_once(tmp_path: Path) -> None:
         ("loss.label_smoothing", -0.1),
         ("augment.rotation", 181),
         ("augment.zoom", 1.0),
-        ("optim.optimizer", "sgd"),
+        ("optim.optimizer", "lion"),
         ("optim.batch_size", 0),
         ("optim.epochs", -1),
         ("optim.lr", 0),
