@@ -80,7 +80,9 @@ def test_a_simulation_that_is_killed_goes_on(here: Path, tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def fed(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Four sites that have joined; all approved the app, the last allows no more than the head to be trained."""
-    with federation(tmp_path_factory.mktemp("hospitals")) as found:
+    with pytest.MonkeyPatch.context() as patch, federation(tmp_path_factory.mktemp("hospitals")) as found:
+        for name in ("DERMAFLOW_THREADS", "OMP_NUM_THREADS"):
+            patch.setenv(name, "1")  # four hospitals on the cores of one machine
         found.start_hub()
         for name in SITES:
             folder = found.make(name, str(here / "shards"))
