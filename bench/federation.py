@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from clients.coordinator import balanced_accuracy
 from clients.partition import POOLED
 from clients.plan import Plan
 from clients.simulation import simulate
@@ -119,9 +120,7 @@ def _confusion(result: dict[str, Any], site: str | None) -> np.ndarray:
 
 
 def _balanced(result: dict[str, Any], site: str | None = None) -> float:
-    confusion = _confusion(result, site)
-    there = confusion.sum(1) > 0
-    return float((np.diag(confusion)[there] / confusion.sum(1)[there]).mean())
+    return balanced_accuracy(_confusion(result, site))
 
 
 def _accuracy(result: dict[str, Any]) -> float:

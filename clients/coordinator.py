@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -32,7 +32,7 @@ from dermaflow.learning.linear_head import ClassSums, discriminant_head
 from dermaflow.learning.optimisation import Scope
 from dermaflow.schemas.bundle import Calibration, Reference
 from dermaflow.trust.ood import reference_of_sums
-from dermaflow.trust.pooled import CalibrationCounts, ScalingSums, Sums, calibration_of, fit_scaling
+from dermaflow.trust.pooled import CalibrationCounts, ScalingSums, calibration_of, fit_scaling
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +42,7 @@ ONLINE = 120.0
 """Seconds to wait for the sites of a run."""
 
 
-S = TypeVar("S", ClassSums, ScalingSums, CalibrationCounts, "Described")
-
-
-@dataclass(frozen=True)
-class Described(Sums):
-    """Images of each class in each split."""
-
-    train: np.ndarray
-    calibration: np.ndarray
-    test: np.ndarray
+S = TypeVar("S", ClassSums, ScalingSums, CalibrationCounts)
 
 
 class Coordinator:
@@ -89,6 +80,7 @@ class Coordinator:
         began = time.monotonic()
         described = self._ask(self.training, "describe", None, self.order)
         counts = {_site_of(answer): array_of(answer, "train").tolist() for answer in described}
+        calibration_images = np.sum([array_of(answer, "calibration") for answer in described], axis=0)
         if self.plan.weights_of == "all":
             self.order = self.order.model_copy(update={"counts": np.sum(list(counts.values()), axis=0).tolist()})
         if self.plan.head == "statistics" and not self.rounds:
@@ -101,7 +93,7 @@ class Coordinator:
                 self._train(scope, first, last)
         storage.write_bytes(self.out / WEIGHTS, save({k: v.numpy() for k, v in self.network.state_dict().items()}))
         sites = self._evaluate()
-        calibration, reference = self._calibrate()
+        calibration, reference = self._calibrate(calibration_images)
         storage.write_bytes(self.out / REFERENCE, save({"mean": reference.mean, "whitener": reference.whitener}))
         result = {
             "calibration": calibration.model_dump(mode="json"),
@@ -202,14 +194,17 @@ class Coordinator:
         entry = asdict(record)
         if record.confusion is not None:
             entry["confusion"] = record.confusion.tolist()
-            recall = np.diag(record.confusion) / np.maximum(record.confusion.sum(1), 1)
-            entry["balanced_accuracy"] = float(recall[record.confusion.sum(1) > 0].mean())
+            entry["balanced_accuracy"] = balanced_accuracy(record.confusion)
         self.rounds.append(entry)
         lines = "".join(json.dumps(row) + "\n" for row in self.rounds)
         storage.write_bytes(self.out / ROUNDS, lines.encode())
 
-    def _calibrate(self) -> tuple[Calibration, Reference]:
-        """Temperature, bias, sets, thresholds and out-of-distribution distance from sums of the training sites."""
+    def _calibrate(self, images: np.ndarray) -> tuple[Calibration, Reference]:
+        """Temperature, bias, sets, thresholds and out-of-distribution distance from sums of the training sites.
+
+        Args:
+            images: [7], images of each class in their calibration splits.
+        """
 
         def total(kind: type[S], question: str, model: Model | None, **more: np.ndarray) -> S:
             answers = self._ask(self.training, question, model, self.order, **more)
@@ -221,7 +216,6 @@ class Coordinator:
         features = total(ClassSums, "class_sums", self._model(self.order)[0])
         reference = reference_of_sums(features.counts.sum(), features.sums.sum(0), features.products)
         temperature, bias = fit_scaling(lambda at: total(ScalingSums, "scaling_sums", None, parameters=at))
-        images = total(Described, "describe", None).calibration
         counts = total(
             CalibrationCounts, "calibration_counts", None, parameters=np.append(np.log(temperature), bias),
             priors=images / images.sum(), mean=reference.mean, whitener=reference.whitener,
@@ -236,6 +230,12 @@ class Coordinator:
             _site_of(a): {name: array_of(a, name).tolist() for name in ("confusion", "lesions", "hits", "totals")}
             for a in answers
         }
+
+
+def balanced_accuracy(confusion: np.ndarray) -> float:
+    """Mean recall of the classes that are there, of counts [7, 7], truth by prediction."""
+    there = confusion.sum(1) > 0
+    return float((np.diag(confusion)[there] / confusion.sum(1)[there]).mean())
 
 
 def read_rounds(out: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from safetensors.numpy import load_file
 
-from clients.coordinator import REFERENCE, RESULT, network_of_result
+from clients.coordinator import REFERENCE, RESULT, balanced_accuracy, network_of_result
 from clients.plan import Plan
 from dermaflow.bundles.bundle import save_bundle
 from dermaflow.errors import DataError, RecipeError
@@ -130,7 +130,7 @@ def _row(name: str, parts: list[dict[str, Any]], trained: bool) -> list[str]:
     there = confusion.sum(1) > 0
     if not there.any():
         return [name, "yes" if trained else "no", "0", "0", "-", "-"]
-    value = (np.diag(confusion)[there] / confusion.sum(1)[there]).mean()
+    value = balanced_accuracy(confusion)
     with np.errstate(invalid="ignore"):
         resampled = np.nanmean(np.where(totals > 0, hits / totals, np.nan)[:, there], axis=1)
     low, high = np.nanquantile(resampled, [0.025, 0.975])

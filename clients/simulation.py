@@ -10,6 +10,7 @@ from typing import Any
 
 from clients.coordinator import RESULT, read_rounds
 from clients.engine import follow, simulation_engine, submit
+from clients.hub import CONNECTION, HOME
 from clients.plan import Plan
 from clients.site_data import simulated_sites
 from dermaflow import storage
@@ -68,9 +69,9 @@ def submit_to_hub(plan: Plan, state: Path, progress: Progress = lambda label, do
     plan = plan.model_copy(update={"out": str(out), "name": name})
     claim(plan)
     if not (out / RESULT).exists():
-        home = state.absolute() / "flower"
-        run = submit(home, "hub", plan)
-        _follow(home, "hub", run, plan, progress)
+        home = state.absolute() / HOME
+        run = submit(home, CONNECTION, plan)
+        _follow(home, CONNECTION, run, plan, progress)
     return _result(out)
 
 

@@ -122,10 +122,11 @@ class Site:
         recipe = local_recipe(order, self.data.name)
         size = recipe.input.height, recipe.input.width
         rule = balance(np.array(order.counts) if order.counts else class_counts(labels), recipe.balance)
-        feed = memory_feed(self.data.pixels("train", *size), labels, rule, recipe)
-        if order.local_epochs < 1:  # parts of one epoch come from one order of the images
-            whole = recipe.model_copy(update={"seed": _seed(order, 0, self.data.name)})
-            feed = part_of_epoch(memory_feed(self.data.pixels("train", *size), labels, rule, whole), order)
+        partly = order.local_epochs < 1  # parts of one epoch come from one order of the images
+        drawn = recipe.model_copy(update={"seed": _seed(order, 0, self.data.name)}) if partly else recipe
+        feed = memory_feed(self.data.pixels("train", *size), labels, rule, drawn)
+        if partly:
+            feed = part_of_epoch(feed, order)
         kept = self.memory.recall("moments") if order.keep_moments else None
         correction = Correction(network, layouts.weights, order, model.control, self.memory)
         run = Run(
