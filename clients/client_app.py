@@ -51,6 +51,13 @@ def class_sums(message: Message, context: Context) -> Message:
     return _answer(message, site, _arrays(sums))
 
 
+@app.query("scale_losses")
+def scale_losses(message: Message, context: Context) -> Message:
+    """Sums of the log loss on the calibration split at several scales of the head."""
+    order, site, model, _ = _read(message, context)
+    return _answer(message, site, {"losses": Array(site.scale_losses(order, model))})
+
+
 @app.query("scaling_sums")
 def scaling_sums(message: Message, context: Context) -> Message:
     """Sums of the final model's log loss on the calibration split, at a temperature and bias."""

@@ -28,7 +28,7 @@ from clients.wire import pack, unpack
 from dermaflow import storage
 from dermaflow.errors import CheckpointError, FederationError
 from dermaflow.learning.backbones import Network, build
-from dermaflow.learning.linear_head import ClassSums, discriminant_head
+from dermaflow.learning.linear_head import ABSENT, SCALES, ClassSums, discriminant_head
 from dermaflow.learning.optimisation import Scope
 from dermaflow.schemas.bundle import Calibration, Reference
 from dermaflow.trust.ood import reference_of_sums
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT, ROUNDS, RESULT, WEIGHTS = "checkpoint.safetensors", "rounds.jsonl", "result.json", "weights.safetensors"
 REFERENCE = "reference.safetensors"
+UNSEEN = -30.0
+"""First logit of a class that no site has: as good as never, and yet a number that training can move."""
 ONLINE = 120.0
 """Seconds to wait for the sites of a run."""
 
@@ -150,10 +152,16 @@ class Coordinator:
         total = sum(sums[1:], sums[0])
         even = np.ones(len(total.counts)) if self.order.adjusted else None  # what the adjusted loss trains towards
         weight, bias = discriminant_head(total, priors=even)
+        self._put_head(weight, bias)
+        losses = [array_of(a, "losses") for a in self._ask(self.training, "scale_losses", self._model(order)[0], order)]
+        scale = float(SCALES[np.sum(losses, axis=0).argmin()]) if losses else 1.0
+        self._put_head(scale * weight, np.where(bias == ABSENT, UNSEEN, scale * bias))
+        log.info("head from the sums of %d sites, %d images; scale %.3f", len(answers), total.counts.sum(), scale)
+
+    def _put_head(self, weight: np.ndarray, bias: np.ndarray) -> None:
         with torch.no_grad():
             self.network.head.weight.copy_(torch.from_numpy(weight))
-            self.network.head.bias.copy_(torch.from_numpy(np.maximum(bias, -30.0)))
-        log.info("head from the sums of %d sites, %d images", len(answers), int(total.counts.sum()))
+            self.network.head.bias.copy_(torch.from_numpy(bias))
 
     def _train(self, scope: Scope, first: int, last: int) -> None:
         done = len(self.rounds)
