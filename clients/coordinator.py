@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -41,7 +42,7 @@ REFERENCE = "reference.safetensors"
 UNSEEN = -30.0
 """First logit of a class that no site has: as good as never, and yet a number that training can move."""
 ONLINE = 120.0
-"""Seconds to wait for the sites of a run."""
+"""Seconds to wait for all sites of a run; then it begins with those that are there, if they are a quorum."""
 
 
 S = TypeVar("S", ClassSums, ScalingSums, CalibrationCounts)
@@ -110,7 +111,7 @@ class Coordinator:
         names = self.plan.node_ids()
         if names:
             found = self._grid_of(names, grid)
-            found.wait(ONLINE)
+            found.wait(ONLINE, max(self.plan.min_sites, math.ceil(self.plan.quorum * len(names))))
             return found
         expected = len(simulated_sites(self.plan.shards, self.plan.partition))
         end = time.monotonic() + ONLINE

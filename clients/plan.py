@@ -60,7 +60,12 @@ class Plan(BaseModel):
     )
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the sites that train in a round.")
     min_sites: int = Field(1, ge=1, description="Fewer answers than this, and the run stops.")
-    quorum: float = Field(1.0, gt=0, le=1, description="Share of answers after which only `grace` is waited.")
+    quorum: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of answers after which only `grace` is waited; and of sites online, to begin.",
+    )
     grace: float = Field(5.0, ge=0, description="Seconds.")
     timeout: float = Field(3600.0, gt=0, description="Seconds that a round may take.")
     monitor_every: int = Field(1, ge=1, description="Rounds between looks at the sites' calibration splits.")
