@@ -71,8 +71,8 @@ def in_words(decision: Decision) -> str:
         lines += [
             "", "## Champion and challenger on the frozen test", "",
             f"{decision.frozen_images} images of {decision.verdict.lesions} lesions, the same since the test was "
-            f"frozen (sha256 {decision.frozen_sha256}); {decision.verdict.resamples} resamples of the lesions for both models "
-            f"at once, seed {decision.verdict.seed}.", "",
+            f"frozen (sha256 {decision.frozen_sha256}); {decision.verdict.resamples} resamples of the lesions for "
+            f"both models at once, seed {decision.verdict.seed}.", "",
             "Rule, all of which must hold:", "", *(f"- {sentence}" for sentence in decision.verdict.rule), "",
             *_table(verdict_rows(decision.verdict)),
         ]  # fmt: skip

@@ -31,11 +31,11 @@ class Ward:
     root: Path
 
     @classmethod
-    def build(cls, root: Path, images: int = 160) -> Ward:
+    def build(cls, root: Path, images: int = 240) -> Ward:
         """Draw, prepare, train and promote."""
         made = cls(root)
         generate(made.data, images, 0, height=75, width=100)
-        prepare_here(made.data, made.shards)
+        prepare_here(made.data, made.shards, fractions={"train": 0.4, "calibration": 0.2, "test": 0.4})
         made.recipe.write_text(RECIPE.replace("EPOCHS", "2"))
         train(made.shards, load_recipe(str(made.recipe)), root / "model")
         evaluate_bundle(root / "model", made.shards, root / "report", resamples=20)
