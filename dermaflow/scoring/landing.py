@@ -84,16 +84,18 @@ def _list(uri: str) -> dict[str, pafs.FileInfo]:
 
 
 def _images(files: Mapping[str, pafs.FileInfo], left_out: Counter[str]) -> pd.DataFrame:
-    rows: dict[str, tuple[str, str, int, float]] = {}
-    for place, info in files.items():
-        if suffix(place) not in IMAGE_SUFFIXES:
+    places: dict[str, list[str]] = {}
+    for place in files:
+        if suffix(place) in IMAGE_SUFFIXES:
+            places.setdefault(place.rpartition("/")[2].rpartition(".")[0], []).append(place)
+    rows = []
+    for image_id in sorted(places):
+        first, *others = places[image_id]
+        if others and len({storage.sha256_file(place) for place in places[image_id]}) > 1:
+            left_out["different images of one name"] += 1  # nobody can tell which of them a label means
             continue
-        image_id = place.rpartition("/")[2].rpartition(".")[0]
-        if image_id in rows:
-            left_out["two images of one name"] += 1
-            continue
-        rows[image_id] = (image_id, place, int(info.size), float(info.mtime.timestamp()))
-    table = pd.DataFrame([rows[image_id] for image_id in sorted(rows)], columns=list(IMAGE_COLUMNS))
+        rows.append((image_id, first, int(files[first].size), float(files[first].mtime.timestamp())))
+    table = pd.DataFrame(rows, columns=list(IMAGE_COLUMNS))
     return table.astype({"bytes": "int64", "modified": "float64"})
 
 

@@ -174,7 +174,7 @@ def test_a_turn_that_is_cut_off_is_continued_with_what_it_began_with(
             patched.setattr(lifecycle_module, step, cut_off)
             lifecycle(**asked)
         assert not (ward.out / "cycles/0001/decision.json").exists()
-        arrive(ward, 6, seed=len(step), name=step)  # for the next turn
+        arrive(ward, 8, seed=len(step), name=step)  # for the next turn
     monkeypatch.setattr(lifecycle_module, "trained", trained)
     history = Registry(ward.registry).history()
     assert len(history) == 2  # it was promoted before the power failed
@@ -182,7 +182,7 @@ def test_a_turn_that_is_cut_off_is_continued_with_what_it_began_with(
     assert decision.cycle == 1 and decision.action == "promoted"
     assert decision.measures.labelled_lesions == table["lesion_id"].nunique()
     assert Registry(ward.registry).history() == history
-    assert lifecycle(**asked | {"retrain": False}).measures.images == 12
+    assert lifecycle(**asked | {"retrain": False}).measures.images == 16
 
 
 def test_a_champion_that_others_promoted_meanwhile_stays(
