@@ -114,6 +114,7 @@ def a_server(folder: Path, **settings: str) -> Iterator[Server]:
         "PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     made = Server(httpx.Client(base_url=url, timeout=60), environment | settings, folder)
     process = made.python("prefect", "server", "start", "--host", "127.0.0.1", "--port", port)
     try:
