@@ -1,4 +1,4 @@
-"""dermaflow models list | add | show | promote | rollback | compare."""
+"""dermaflow models list | add | show | promote | rollback | history | compare."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def promote(
     registry: Where = None,
 ) -> None:
     """Make a version the champion; the old one stays, and the history says who changed it and why."""
-    _said(_open(registry).promote(version, reason=reason, by=by))
+    models = _open(registry)
+    before = models.champion()
+    _said(models.promote(version, reason=reason, by=by), before)
 
 
 @app.command()
@@ -91,12 +93,29 @@ def rollback(
     by: Annotated[str, typer.Option(help="Who decides.")] = getpass.getuser(),
     registry: Where = None,
 ) -> None:
-    """Go back to the champion before this one."""
-    _said(_open(registry).rollback(reason=reason, by=by))
+    """Go back to the champion before this one; nothing is deleted, and `promote` brings the later one back."""
+    models = _open(registry)
+    before = models.champion()
+    _said(models.rollback(reason=reason, by=by, instead_of=before.id if before else None), before)
 
 
-def _said(version: Version) -> None:
-    console.print(f"champion: {version.id}")
+def _said(version: Version, before: Version | None) -> None:
+    if before is None or before.id == version.id:
+        console.print(f"champion: {version.id}" + (" already" if before else ""), soft_wrap=True)
+        return
+    console.print(f"champion: {version.id}, in place of {before.id}", soft_wrap=True)
+    console.print("a running `dermaflow serve --model champion` takes it within half a minute", soft_wrap=True)
+
+
+@app.command()
+@command
+def history(registry: Where = None) -> None:
+    """Every promotion and rollback, the first one first: when, who, from which to which, why."""
+    rows = [
+        [f"{entry.at:%Y-%m-%d %H:%M}", entry.action, entry.from_version or "", entry.to_version, entry.by, entry.reason]
+        for entry in _open(registry).history()
+    ]
+    print_table("champions", ["when (UTC)", "", "from", "to", "by", "why"], rows)
 
 
 @app.command()
