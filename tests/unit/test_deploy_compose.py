@@ -1,4 +1,4 @@
-"""The compose file: the real schema of Compose, no default secrets, nothing published but the ingress, limits, checks."""
+"""The compose file: the schema of Compose, no default secrets, only the ingress published, limits, checks."""
 
 from __future__ import annotations
 
