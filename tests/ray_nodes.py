@@ -35,8 +35,8 @@ def main(workers: int) -> None:
     """The cluster, until stdin is closed."""
     from ray.cluster_utils import Cluster
 
-    # Beside Ray's usual place, where its address would be found by every other ``ray.init()`` of this machine; and short,
-    # since a socket's path may have 107 characters.
+    # Beside Ray's usual place, where every other ``ray.init()`` of this machine would find its address; and short, since
+    # a socket's path may have 107 characters.
     place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
 
     given = {"object_store_memory": 100_000_000, "include_dashboard": False}
