@@ -35,7 +35,7 @@ def main(workers: int) -> None:
     """The cluster, until stdin is closed."""
     from ray.cluster_utils import Cluster
 
-    # Beside Ray's usual place, where every other ``ray.init()`` of this machine would find its address; and short, since
+    # Beside Ray's usual place, where every other ``ray.init()`` of this machine would find its address; short, since
     # a socket's path may have 107 characters.
     place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
 

@@ -79,3 +79,33 @@ def test_the_setting_decides(style: str) -> None:
         assert said.endswith("INFO root: here\n")
     else:
         assert (found := json.loads(said))["message"] == "here" and found["run_id"] == "given"
+
+
+def test_lines_of_a_request_bear_its_id(lines: list[dict[str, object]]) -> None:
+    """By the guard of the service, around whatever answers."""
+    guard = pytest.importorskip("serve.guard")
+    options = pytest.importorskip("serve.options").Options(open=True)
+
+    class Metrics:
+        def __getattr__(self, name: str) -> Metrics:
+            return self
+
+        def __call__(self, *_: object) -> Metrics:
+            return self
+
+    class Service:
+        behind_proxy, version, metrics = True, "m", Metrics()
+
+    service = Service()
+    service.options = options  # type: ignore[attr-defined]
+
+    async def app(scope: object, receive: object, send: object) -> None:
+        logging.getLogger("there").warning("working")
+
+    async def nothing(*_: object) -> None:
+        return None
+
+    headers = [(b"host", b"127.0.0.1"), (b"x-request-id", b"abc-1")]
+    scope = {"type": "http", "method": "GET", "path": "/healthz", "headers": headers}
+    asyncio.run(guard.Guard(app, service)(scope, nothing, nothing))
+    assert [(line["message"], line["request_id"]) for line in lines] == [("working", "abc-1")]

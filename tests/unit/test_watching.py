@@ -3,19 +3,24 @@ schema of Grafana, alerts fire when they should."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
 import subprocess
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
+from tiny_data import draw, prepare_here
 
 from dermaflow import monitoring
+from dermaflow.learning.recipe import Recipe
+from dermaflow.learning.train import train
 from dermaflow.monitoring import JOBS
 
 ROOT = Path(__file__).parents[2]
@@ -186,3 +191,42 @@ def test_without_a_gateway_nothing_is_sent_and_one_that_is_dead_stops_nothing(
     job.push()
     job.push()
     assert caplog.text.count("could not be sent") == 1, "not at every image again"
+
+
+def test_the_work_itself_counts(tmp_path: Path) -> None:
+    """Preparing and training on drawn images, and a round as the coordinator notes it."""
+
+    def value(job: monitoring.Job, name: str, **labels: str) -> float:
+        return job.registry.get_sample_value(name, labels) or 0.0
+
+    def counted() -> dict[str, float]:
+        return {
+            "inspected": value(monitoring.PREPARATION, "dermaflow_preparation_images_total", outcome="inspected"),
+            "shards": value(monitoring.PREPARATION, "dermaflow_preparation_shards_total"),
+            "epochs": value(monitoring.TRAINING, "dermaflow_training_epochs_total"),
+            "images": value(monitoring.TRAINING, "dermaflow_training_images_total"),
+        }
+
+    before = counted()
+    done = prepare_here(draw(tmp_path / "data"), tmp_path / "shards")
+    choices = {"name": "tiny", "input": {"height": 24, "width": 32}, "backbone": {"name": "seed_cnn"}}
+    optim = {"batch_size": 16, "head_epochs": 1, "epochs": 1}
+    loaded = train(str(tmp_path / "shards"), Recipe.model_validate({**choices, "optim": optim}), tmp_path / "model")
+    history = loaded.bundle.training.history
+    assert {name: after - before[name] for name, after in counted().items()} == {
+        "inspected": done.inspected, "shards": done.written, "epochs": 2,
+        "images": sum(entry["images"] for entry in history),
+    }  # fmt: skip
+    assert value(monitoring.TRAINING, "dermaflow_training_loss") == history[-1]["loss"]
+    assert value(monitoring.TRAINING, "dermaflow_training_validation_loss") == history[-1]["val_loss"]
+
+    coordinator = pytest.importorskip("clients.coordinator")
+    record = importlib.import_module("clients.rounds").RoundRecord(1, "all", seconds=4.0)
+    record.sites["here"] = {"loss": 0.5, "sent": 100.0, "received": 300.0}
+    record.failed["there"] = "no answer"
+    rounds = value(monitoring.FEDERATION, "dermaflow_federation_rounds_total")
+    coordinator.Coordinator._note(SimpleNamespace(plan=SimpleNamespace(rounds=2)), record)
+    assert value(monitoring.FEDERATION, "dermaflow_federation_rounds_total") == rounds + 1
+    sent = value(monitoring.FEDERATION, "dermaflow_federation_bytes_total", site="here", direction="sent")
+    failed = value(monitoring.FEDERATION, "dermaflow_federation_site_failures_total", site="there")
+    assert sent == 100 and failed == 1
