@@ -76,7 +76,8 @@ def ray_nodes(workers: int, log: Path) -> Iterator[Nodes]:
     """A head and so many workers; what drives them needs `environment`, RAY_ADDRESS and the token among it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(24).hex(), "OMP_NUM_THREADS": "1",
-        "RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_failure_threshold": "3", "RAY_health_check_period_ms": "1000",
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0",  # or a busy machine lets them starve
+        "RAY_health_check_failure_threshold": "5", "RAY_health_check_period_ms": "1000",
     }  # fmt: skip
     with log.open("w") as errors:
         process = subprocess.Popen(
