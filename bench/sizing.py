@@ -1,6 +1,6 @@
 """What an amount of images needs in cores and hours: a model of cost from runs at two sizes, held against a third.
 
-    python bench/sizing.py [--sizes 100 300 --check 600] [--epochs 30] [--out sizing.json]
+    python bench/sizing.py [--sizes 1000 3000 --check 6000] [--epochs 30] [--out sizing.json]
 
 Preparing, scoring and training run in a process of their own each, without Ray, on drawn images of the published size
 (600x450) and MobileNetV2 at 144x192. What is measured is the time of the processors, not of the clock: so a busy
@@ -31,6 +31,7 @@ from rounds import machine
 from dermaflow.datasets.synthetic import generate
 
 DRAWN = 150
+FEWER = 10  # times fewer images train than are prepared and scored: each costs that much more
 SHARE = 0.8
 CORES = (2, 16, 128, 1024)
 AMOUNTS = (10**4, 10**6, 10**8)
@@ -107,15 +108,16 @@ def recipe_of(folder: Path, epochs: int) -> Path:
 
 
 def measure(folder: Path, drawn: Path, images: int) -> dict[str, tuple[float, float]]:
-    """CPU seconds and memory of preparing, one epoch, and scoring so many images."""
+    """CPU seconds and memory of preparing and scoring so many images, and of an epoch over a tenth of them."""
     archive = make_archive(folder / f"{images}", drawn, images)
+    found = {"prepare": cpu_seconds(PREPARE, archive, folder / f"{images}-prepared")}
     shards = folder / f"{images}-shards"
-    found = {"prepare": cpu_seconds(PREPARE, archive, shards)}
+    cpu_seconds(PREPARE, make_archive(folder / f"{images}-few", drawn, images // FEWER), shards)
     runs = [
         cpu_seconds(TRAIN, shards, folder / f"{images}-model{epochs}", recipe_of(folder, epochs)) for epochs in (1, 2)
     ]
     trained = json.loads((shards / "manifest.json").read_text())["counts"]["train"]
-    share = sum(trained.values()) / images  # the rest is calibration and test
+    share = sum(trained.values()) / (images // FEWER)  # the rest is calibration and test
     found["epoch"] = ((runs[1][0] - runs[0][0]) / share, runs[1][1])
     found["score"] = cpu_seconds(
         SCORE, archive / "HAM10000_images_part_1", folder / f"{images}-scored", folder / f"{images}-model1"
@@ -133,15 +135,17 @@ def main(sizes: list[int], check: int, epochs: int, out: Path | None) -> None:
         folder = Path(name)
         generate(drawn := folder / "drawn", DRAWN, 0, workers=os.cpu_count() or 1)
         small, large = (measure(folder, drawn, size) for size in sizes)
-        costs = {
-            part: Cost.through((sizes[0], small[part][0]), (sizes[1], large[part][0]), large[part][1]) for part in small
-        }
+        costs = {}
+        for part in small:
+            few = FEWER if part == "epoch" else 1
+            points = ((size // few, run[part][0]) for size, run in zip(sizes, (small, large), strict=True))
+            costs[part] = Cost.through(*points, large[part][1])
         costs["epoch"].start = max(0.0, costs["epoch"].start)
         third = measure(folder, drawn, check)
     print("\n| part | CPU s at the start | CPU ms an image | peak MiB | at the third size: model | measured | off by |")
     print("|---|---|---|---|---|---|---|")
     for part, cost in costs.items():
-        said, was = cost.at(check), third[part][0]
+        said, was = cost.at(check // FEWER if part == "epoch" else check), third[part][0]
         print(f"| {part} | {cost.start:.1f} | {cost.each * 1000:.2f} | {cost.memory:.0f} | {said:.1f} | {was:.1f} | "
               f"{said / was - 1:+.0%} |")  # fmt: skip
     print("\n| images | part | CPU hours | " + " | ".join(f"hours on {c} cores" for c in CORES) + " |")
@@ -159,8 +163,8 @@ def main(sizes: list[int], check: int, epochs: int, out: Path | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs=2, default=[100, 300])
-    parser.add_argument("--check", type=int, default=600)
+    parser.add_argument("--sizes", type=int, nargs=2, default=[1000, 3000])
+    parser.add_argument("--check", type=int, default=6000)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
