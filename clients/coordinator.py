@@ -26,7 +26,7 @@ from clients.rounds import RoundRecord, SiteRounds
 from clients.site import Layouts, Model
 from clients.site_data import simulated_sites
 from clients.wire import pack, unpack
-from dermaflow import storage
+from dermaflow import monitoring, storage
 from dermaflow.errors import CheckpointError, FederationError
 from dermaflow.learning.backbones import Network, build
 from dermaflow.learning.linear_head import ABSENT, SCALES, ClassSums, discriminant_head
@@ -198,6 +198,7 @@ class Coordinator:
         log.info("round %d of %d: %.1f s, loss %s", record.round, self.plan.rounds, record.seconds, losses)
         for site, reason in record.failed.items():
             log.warning("round %d: %s left out: %s", record.round, site, reason)
+        monitoring.round_ended(record.seconds, record.sites, record.failed)
 
     def _write_round(self, record: RoundRecord) -> None:
         entry = asdict(record)

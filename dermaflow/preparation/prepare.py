@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from dermaflow import __version__, storage
+from dermaflow import __version__, monitoring, storage
 from dermaflow.datasets.ham10000 import read_ham10000
 from dermaflow.errors import DataError, ShardError
 from dermaflow.preparation import inspection, layout
@@ -71,6 +72,7 @@ def prepare(
         ShardError: The folder was prepared with another seed, other fractions or folds.
         StorageError: The disk is full; what is complete stays and the next run goes on.
     """
+    began = time.monotonic()
     mapper = _mapper(use_ray)
     out = str(out) if storage.is_remote(out) else str(Path(out).absolute())  # a worker may stand in another folder
     archive = read_ham10000(data)
@@ -115,6 +117,9 @@ def prepare(
     if manifest != previous:
         storage.write_bytes(storage.join(out, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
     layout.remove_unnamed(out, manifest)
+    monitoring.prepared(
+        inspected=inspected, quarantined=len(quarantined), shards=written, seconds=time.monotonic() - began
+    )
     return Prepared(manifest, inspected, written)
 
 
