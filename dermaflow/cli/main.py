@@ -11,6 +11,7 @@ import yaml
 
 from dermaflow import __version__
 from dermaflow.cli import data as data_commands
+from dermaflow.cli import doctor as doctor_commands
 from dermaflow.cli import models as model_commands
 from dermaflow.cli import pathways as pathway_commands
 from dermaflow.cli import recommend as recommend_commands
@@ -40,6 +41,7 @@ app.command()(trust_commands.explain)
 app.command()(score_commands.score)
 app.command()(recommend_commands.recommend)
 app.command()(recommend_commands.sign)
+app.command()(doctor_commands.doctor)
 for _entry in entry_points(group="dermaflow.commands"):  # of packages that the library does not know, as `serve`
     app.add_typer(_entry.load(), name=_entry.name)
 
