@@ -39,7 +39,7 @@ def read_constraints(path: Path) -> dict[str, str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(str(error.strerror), where=path, expected="lines of name==version") from error
-    pins = {}
+    pins: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
@@ -86,7 +86,7 @@ def _plain(version: str) -> str:
 
 
 def _python() -> Check:
-    asked = metadata.metadata("dermaflow").get("Requires-Python") or ">=3.11"
+    asked = metadata.metadata("dermaflow")["Requires-Python"]
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     if Version(platform.python_version()) in Requirement(f"python{asked}").specifier:
         return ok("python", found)
