@@ -57,7 +57,7 @@ def plan_shards(images: pd.DataFrame, buckets: Mapping[Split, int]) -> list[Plan
         split = cast(Split, name)
         rows = rows.sort_values("image_id", ignore_index=True)
         key = content_key(rows)
-        plan.append(PlannedShard(split, shard_path(split, number, key), key, rows))
+        plan.append(PlannedShard(split, shard_path(split, int(str(number)), key), key, rows))
     return plan
 
 
