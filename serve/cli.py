@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from dermaflow.cli.console import command, console, print_table
+from dermaflow.cli.console import command, console, local_only, print_table
 from serve.access import SCOPES, add_key, is_loopback, read_keys, revoke_key
 from serve.models import Chosen, choose
 from serve.options import Oidc, Options, ServeError, checked
@@ -84,6 +84,7 @@ def run(options: Options, host: str, port: int, cert: Path | None = None, key: P
     Raises:
         ServeError: The address needs keys, or is taken; a certificate without its key.
     """
+    local_only(options.state, "--state")
     check_host(options, host)
     checked(options)
     if (cert is None) != (key is None):

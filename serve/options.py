@@ -80,7 +80,8 @@ class Options(_Strict):
     @model_validator(mode="after")
     def _absolute(self) -> Options:
         """Replicas start in another folder than the one the path was written for."""
-        object.__setattr__(self, "state", self.state.absolute())
+        if ":/" not in str(self.state):  # an address is refused by who starts the service
+            object.__setattr__(self, "state", self.state.absolute())
         if self.keys is not None:
             object.__setattr__(self, "keys", self.keys.absolute())
         return self

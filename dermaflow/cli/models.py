@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,7 +45,7 @@ def list_(registry: Where = None) -> None:
 @app.command()
 @command
 def add(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder that `dermaflow train` wrote.")],
+    bundle: Annotated[str, typer.Argument(help="Bundle that `dermaflow train` wrote, local or s3://.")],
     name: Annotated[str | None, typer.Option(help="Name of the model; default that of its recipe.")] = None,
     registry: Where = None,
 ) -> None:
