@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from dermaflow import storage
 from dermaflow.errors import ShardError
 from dermaflow.schemas.shard import LESIONS_NAME, MANIFEST_NAME, SHARD_SCHEMA, SPLITS, Manifest, ShardFile, Split
+from dermaflow.schemas.versions import check_format
 
 ROWS_A_SHARD = 256
 """Aimed-at rows of a shard: about 64 MB of 600x450 JPEGs, a task of some seconds."""
@@ -169,8 +170,10 @@ def read_manifest(folder: str | Path) -> Manifest:
             "no manifest", where=folder, expected=f"a finished shard folder with {MANIFEST_NAME}",
             todo=f"run dermaflow prepare --data DIR --out {folder}",
         )  # fmt: skip
+    content = storage.read_bytes(place)
+    check_format(content, Manifest.model_fields["format"].default, place, ShardError)
     try:
-        return Manifest.model_validate_json(storage.read_bytes(place))
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         raise ShardError(f"damaged manifest: {error}", where=place, todo="prepare the folder again") from error
 

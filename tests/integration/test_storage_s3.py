@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import httpx
 import pytest
 from s3_here import own_s3
 from sample_pathways import write_findings
-from serve_parts import save_servable
+from serve_parts import a_jpeg, save_servable
 from tiny_data import draw, prepare_here
 from typer.testing import CliRunner
 
@@ -195,16 +194,13 @@ def test_someone_is_forgotten_in_a_bucket(shards: str, tmp_path: Path) -> None:
 
 
 def test_a_run_is_scored_into_a_bucket_and_forgotten_there(store: str, tmp_path: Path) -> None:
-    from small_archives import lesion_jpegs
-
     from dermaflow.scoring.bulk import score
 
     (tmp_path / "images").mkdir()
-    for i, content in enumerate(lesion_jpegs(3)):
-        (tmp_path / f"images/i{i}.jpg").write_bytes(content)
+    for i in range(3):
+        (tmp_path / f"images/i{i}.jpg").write_bytes(a_jpeg(i))
     model = save_servable(tmp_path / "model")
-    shutil.copytree(tmp_path / "images", tmp_path / "copy")
-    storage.copy_folder(tmp_path / "copy", "s3://hospital/images")
+    storage.copy_folder(tmp_path / "images", "s3://hospital/images")
     out = "s3://hospital/scored"
     summary = score("s3://hospital/images", out, model=str(model), use_ray=False)
     assert summary.images == 3
