@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
 
@@ -31,11 +32,17 @@ def locate(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     """The file system of an address and the path within it.
 
     Raises:
-        StorageError: The scheme is not known.
+        StorageError: The scheme is not known, or the address holds keys.
     """
     text = str(uri)
     if not is_remote(text):
         return pafs.LocalFileSystem(), str(Path(text).absolute())
+    at = urlsplit(text)
+    if at.username or at.password:  # it would stand in plans, logs and parameters of flows
+        raise StorageError(
+            "keys in an address", where=f"{at.scheme}://…@{at.hostname}{at.path}", expected="s3://bucket/prefix",
+            todo="give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by a profile or a role",
+        )  # fmt: skip
     try:
         return pafs.FileSystem.from_uri(text)
     except (OSError, ValueError) as error:

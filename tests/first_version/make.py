@@ -40,14 +40,9 @@ def make(out: Path) -> None:
         (work / "patients.csv").write_text("patient_id,lesion_id,image_id\nP1,L1,i1\n")
         score(str(work / "images"), str(out / "scored"), model=str(save_servable(work / "model")), use_ray=False,
               patients=str(work / "patients.csv"))  # fmt: skip
-        for name in (
-            "summary.html",
-            "pathways/index.html",
-            "pathways/fhir",
-            "pathways/patients",
-            "pathways/audit.lock",
-        ):
-            storage.delete(out / "scored" / name)  # large, and never read back
+        for name in ("fhir", "patients", "index.html", "audit.lock"):  # large, and never read back
+            storage.delete(out / "scored/pathways" / name)
+        storage.delete(out / "scored/summary.html")
         inputs = pq.read_table(out / "scored/inputs.parquet")
         places = [f"/work/images/{Path(uri).name}" for uri in inputs["uri"].to_pylist()]
         inputs = inputs.set_column(0, inputs.schema.field(0), pa.array(places))

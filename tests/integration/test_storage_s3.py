@@ -24,6 +24,8 @@ from dermaflow.forgetting.forget import Places, Records, forget, look
 from dermaflow.forgetting.places import Ids
 from dermaflow.preparation.reading import ShardFolder
 
+CLIENT = httpx.Client(timeout=60)
+
 
 class Front(BaseHTTPRequestHandler):
     """In front of the store: counts requests, and answers the first of each kind with 503 SlowDown."""
@@ -40,8 +42,7 @@ class Front(BaseHTTPRequestHandler):
             found, status, headers = b"<Error><Code>SlowDown</Code></Error>", 503, {}
         else:
             kept = {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "transfer-encoding")}
-            with httpx.Client(timeout=60) as client:
-                answer = client.request(self.command, self.behind + self.path, content=body, headers=kept)
+            answer = CLIENT.request(self.command, self.behind + self.path, content=body, headers=kept)
             found, status, headers = answer.content, answer.status_code, dict(answer.headers)
         self.send_response_only(status)
         for name, value in headers.items():
@@ -81,7 +82,7 @@ def test_a_store_that_is_busy_is_asked_again_and_large_files_go_in_parts(
     server = ThreadingHTTPServer(("127.0.0.1", 0), front)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    content = bytes(range(256)) * (24 << 12)  # 24 MiB
+    content = bytes(range(256)) * (12 << 12)  # 12 MiB
     try:
         storage.write_bytes("s3://hospital/busy/large", content)
         assert storage.read_bytes("s3://hospital/busy/large") == content
@@ -90,7 +91,7 @@ def test_a_store_that_is_busy_is_asked_again_and_large_files_go_in_parts(
         server.shutdown()
     asked: Counter[str] = front.seen  # type: ignore[attr-defined]
     parts = {kind: count for kind, count in asked.items() if kind.startswith("PUT") and "partNumber" in kind}
-    assert sum(parts.values()) >= 3, asked  # at least two parts, one of them twice
+    assert sum(parts.values()) >= 3, asked  # two parts, one of them twice
     assert all(count >= 2 for kind, count in asked.items()), asked  # every kind was refused once, and asked again
 
 
