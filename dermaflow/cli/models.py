@@ -109,3 +109,14 @@ def compare(a: Id, b: Id, registry: Where = None) -> None:
     print_table("recipe", ["", found.a.id, found.b.id], changes)
     if not found.same_data:
         console.print("[yellow]![/] trained on different data: the figures are of different test splits")
+
+
+@app.command()
+@command
+def verify(registry: Where = None) -> None:
+    """Read every byte of every model and check it against its hash; after a restore, or now and then.
+
+    Example: dermaflow models verify --registry s3://hospital/registry
+    """
+    found = _open(registry)
+    console.print(f"{found.uri}: {found.verify()} models, each as it was written", soft_wrap=True)
