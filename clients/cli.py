@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dermaflow.cli.console import bars, command, console, print_table
+from dermaflow.cli.console import bars, command, console, local_only, print_table
 
 app = typer.Typer(
     rich_markup_mode="markdown", invoke_without_command=True, pretty_exceptions_enable=False,
@@ -58,7 +58,7 @@ def main(
     if context.invoked_subcommand is None:
         choices: dict[str, Any] = {
             "strategy": strategy, "rounds": rounds, "local_epochs": local_epochs, "scope": scope,
-            "out": str(out.absolute()),
+            "out": str(out if ":/" in str(out) else out.absolute()),
         }  # fmt: skip
         if simulate:
             choices |= {"shards": shards or "", "partition": partition}
@@ -73,6 +73,7 @@ def run(
     state: Path | None, gpus: float,
 ) -> None:  # fmt: skip
     """Make the plan, run it, show what came out."""
+    local_only(Path(choices["out"]), "--out")
     from clients.result import make_plan, save_model, table
     from clients.simulation import simulate, submit_to_hub
 

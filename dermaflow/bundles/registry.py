@@ -259,6 +259,27 @@ class Registry:
         write_files(to, files)
         return found
 
+    def verify(self) -> int:
+        """Read every byte of every model and the whole history, after a restore for instance.
+
+        Returns:
+            Number of models.
+
+        Raises:
+            BundleError: A model is damaged or incomplete.
+            RegistryError: An entry of the history is damaged, or names a model that is not there.
+        """
+        ids = self._ids()
+        for version in ids:
+            read_files(self._place(version))
+        for entry in self.history():
+            if entry.to_version not in ids:
+                raise RegistryError(
+                    f"the history names {entry.to_version}", where=self.uri, expected="every model that was a champion",
+                    todo="restore its folder under models/ from a backup",
+                )  # fmt: skip
+        return len(ids)
+
     def _place(self, version: str, *file: str) -> str:
         return storage.join(self.uri, "models", version, *file)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,7 +45,7 @@ def list_(registry: Where = None) -> None:
 @app.command()
 @command
 def add(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder that `dermaflow train` wrote.")],
+    bundle: Annotated[str, typer.Argument(help="Bundle that `dermaflow train` wrote, local or s3://.")],
     name: Annotated[str | None, typer.Option(help="Name of the model; default that of its recipe.")] = None,
     registry: Where = None,
 ) -> None:
@@ -129,3 +128,14 @@ def compare(a: Id, b: Id, registry: Where = None) -> None:
     print_table("recipe", ["", found.a.id, found.b.id], changes)
     if not found.same_data:
         console.print("[yellow]![/] trained on different data: the figures are of different test splits")
+
+
+@app.command()
+@command
+def verify(registry: Where = None) -> None:
+    """Read every byte of every model and check it against its hash; after a restore, or now and then.
+
+    Example: dermaflow models verify --registry s3://hospital/registry
+    """
+    found = _open(registry)
+    console.print(f"{found.uri}: {found.verify()} models, each as it was written", soft_wrap=True)

@@ -15,9 +15,9 @@ from federation_here import a_recipe
 from federation_processes import Federation, family, federation, kill_all, until
 from tiny_data import draw, prepare_here
 
-from clients.audit import entries, verify
 from clients.node import read_state
 from clients.site_checks import installed_app
+from dermaflow.audit import entries, verify
 from dermaflow.bundles.bundle import load_bundle
 
 COMMAND = str(Path(sys.executable).parent / "dermaflow")
