@@ -108,7 +108,8 @@ class Coordinator:
             "plan": self.plan.model_dump() | {"recipe": json.loads(self.plan.recipe)},
             "counts": counts, "rounds": self.rounds, "sites": sites, "seconds": time.monotonic() - began,
             "training_sites": sorted(self.training.names.values()), "data": data, "versions": versions(),
-            "started": self.started, "asked": {name: self.asked.get(node, {}) for node, name in self.grid.names.items()},
+            "asked": {name: self.asked.get(node, {}) for node, name in self.grid.names.items()},
+            "started": self.started,
         }  # fmt: skip
         storage.write_bytes(self.out / RESULT, json.dumps(result, indent=1).encode())
         return result
