@@ -25,6 +25,7 @@ from dermaflow.bundles.bundle import load_bundle
 from dermaflow.errors import DataError, FederationError
 from dermaflow.evaluation.crosssite import Matrix, Row, TestCounts, count_test, row_of
 from dermaflow.evaluation.figures import Estimate
+from dermaflow.evaluation.wording import interval
 from dermaflow.learning.backbones import Network
 from dermaflow.learning.inference import network_of, predict
 from dermaflow.learning.optimisation import pick_device
@@ -54,6 +55,12 @@ class FinishedRun:
     def tests(self) -> dict[str, TestCounts]:
         """The model on the test split of each site, by site; a pooled site, which is all the others, apart."""
         return {site: test for site, test in tests_of(self.result).items() if site != POOLED}
+
+    @property
+    def trained_on(self) -> list[str]:
+        """Sites whose images trained the model."""
+        trained: list[str] = self.result["training_sites"]
+        return sorted(self.tests) if trained == [POOLED] else trained
 
     @property
     def title(self) -> str:
@@ -118,7 +125,7 @@ def matrix_of(
             "bundles can be measured here only on shards that are here", where="--model", expected="--shards DIR"
         )
     seed, resamples = (first.plan.seed, first.plan.resamples) if first else (0, 1000)
-    rows = [row_of(title, run.tests, run.result["training_sites"]) for title, run in _named(runs).items()]
+    rows = [row_of(title, run.tests, run.trained_on) for title, run in _named(runs).items()]
     sites = sorted(first.tests) if first else simulated_sites(str(shards), partition)
     for row, run in zip(rows, runs, strict=True):
         if sorted(row.cells) != sites or run.plan.resamples != resamples:
@@ -220,8 +227,7 @@ def table(matrix: Matrix, name: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows for the terminal: one of `FIGURES` of each model at each site, with its interval."""
 
     def cell(found: Estimate) -> str:
-        value, between = figure(found)
-        return value if between == "-" else f"{value}\n{between}"
+        return f"{figure(found)[0]}\n{interval(found, percentage=False)}".strip()
 
     more = ["mean of sites"] if name == "balanced_accuracy" else []
     header = ["model", *matrix.sites, "all", *more]
