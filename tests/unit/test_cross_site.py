@@ -154,12 +154,12 @@ def test_comparisons_train_one_place_at_a_time_for_the_same_rounds(tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs over the sites of small shards: normalisation stays at the sites in one, all is in one place in the other."""
+    """Two runs over small shards: one whose normalisation stays at the sites, and one with all images in one place."""
     folder = tmp_path_factory.mktemp("real")
     draw(folder / "data", 80, 1)
     shards = prepare_here(folder / "data", folder / "shards") and folder / "shards"
-    small = Recipe.model_validate(a_recipe().model_dump() | {"input": {"height": 32, "width": 32}})
-    run_here(a_plan(shards, folder / "own", rounds=1, norm="local", recipe=small, name="run"))
+    run_here(a_plan(shards, folder / "own", rounds=1, norm="local", name="run"))
+    small = Recipe.model_validate(a_recipe().model_dump() | {"backbone": {"name": "seed_cnn"}})
     plan = a_plan(shards, folder / "pooled", rounds=1, only="pooled", partition="natural+pooled", recipe=small)
     run_here(plan, sites=5)
     save_model(plan)
