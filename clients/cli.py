@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from dermaflow.cli.console import bars, command, console, local_only, print_table
+from dermaflow.errors import DataError
 
 app = typer.Typer(
     rich_markup_mode="markdown", invoke_without_command=True, pretty_exceptions_enable=False,
@@ -45,6 +48,9 @@ def main(
         Literal["head", "last_block", "all"], typer.Option(help="What is trained and sent.")
     ] = "all",
     gpus: Annotated[float, typer.Option(min=0, help="Simulation: share of a GPU a site.")] = 0.0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Simulation: train each site alone and pooled as well, as long.")
+    ] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any other choice of the run, loss=adjusted for instance: see docs/federation.md."),
@@ -64,22 +70,36 @@ def main(
             choices |= {"shards": shards or "", "partition": partition}
         else:
             choices["sites"] = ",".join(site or [])
-        run(choices, recipe, weights, set_ or [], recipe_set or [], None if simulate else state, gpus)
+        run(choices, recipe, weights, set_ or [], recipe_set or [], None if simulate else state, gpus, compare)
 
 
 @command
 def run(
     choices: dict[str, Any], recipe: str, weights: Path | None, changes: list[str], recipe_changes: list[str],
-    state: Path | None, gpus: float,
+    state: Path | None, gpus: float, compare: bool,
 ) -> None:  # fmt: skip
     """Make the plan, run it, show what came out."""
     local_only(Path(choices["out"]), "--out")
+    from clients.matrix import comparisons
     from clients.result import make_plan, save_model, table
     from clients.simulation import simulate, submit_to_hub
 
+    if threading.current_thread() is threading.main_thread():  # ended from outside, it stops what it started as well
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     plan = make_plan(choices, recipe, weights, changes, recipe_changes, real=state is not None)
+    if compare and state is not None:
+        raise DataError(
+            "hospitals are not compared by this switch", where="--compare",
+            todo="run each alone by naming it: --set only=NAME, then dermaflow federate matrix RUN RUN …",
+        )  # fmt: skip
     with bars() as show:
         result = simulate(plan, gpus=gpus, progress=show) if state is None else submit_to_hub(plan, state, show)
+        for title, other in comparisons(plan, result["training_sites"]).items() if compare else ():
+            simulate(
+                other,
+                gpus=gpus,
+                progress=lambda _, done, total, title=title: show(title, done, total),  # type: ignore[misc]
+            )
     bundle = save_model(plan)
     header, rows = table(result)
     print_table(
@@ -91,7 +111,8 @@ def run(
     console.print(
         f"{bundle}: the model, calibrated on sums of all sites. For one site's own images: dermaflow calibrate --model "
         f"{bundle} --shards ITS-SHARDS --out ITS-MODEL\nnext: dermaflow evaluate --model {bundle} --shards SHARDS "
-        "--out REPORT", markup=False, soft_wrap=True,
+        f"--out REPORT\nrounds, bytes, every model at every site: dermaflow federate report {plan.out}",
+        markup=False, soft_wrap=True,
     )  # fmt: skip
 
 
@@ -135,8 +156,76 @@ def register(
 @app.command()
 @command
 def show(out: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
-    """Rounds of a run so far, as JSON lines."""
+    """Rounds of a run so far, as JSON lines; for people: `dermaflow federate report`."""
     from clients.coordinator import read_rounds
 
     for record in read_rounds(out):
         console.print(json.dumps(record), markup=False, soft_wrap=True)
+
+
+Runs = Annotated[list[Path] | None, typer.Argument(help="Folders of finished runs.")]
+Models = Annotated[
+    list[str] | None, typer.Option("--model", help="Another model, measured here: NAME=BUNDLE. Repeatable.")
+]
+Shards = Annotated[str | None, typer.Option(help="Shards for --model; by default those of the first run.")]
+Partition = Annotated[str | None, typer.Option(help="How they are divided; by default as in the first run.")]
+
+
+@app.command()
+@command
+def matrix(
+    runs: Runs = None,
+    model: Models = None,
+    shards: Shards = None,
+    partition: Partition = None,
+    out: Annotated[Path | None, typer.Option(help="Also write it as JSON.")] = None,
+) -> None:
+    """Every model on every site's test lesions, with counts and 95 % intervals over lesions.
+
+    Example: dermaflow federate matrix runs/federated --model central=runs/model
+    """
+    from clients.matrix import FIGURES, matrix_of, notes, runs_with_compared, table
+    from dermaflow import storage
+
+    with bars() as show:
+        found = matrix_of(runs_with_compared(runs or []), _named(model), shards, partition, show)
+    for name in FIGURES:
+        print_table(name.replace("_", " "), *table(found, name))
+    for note in notes(found):
+        console.print(note, markup=False)
+    if out:
+        storage.write_bytes(out, found.model_dump_json(indent=1).encode())
+
+
+@app.command()
+@command
+def report(
+    run_: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    other: Annotated[list[Path] | None, typer.Option(help="Another run for the matrix. Repeatable.")] = None,
+    model: Models = None,
+    shards: Shards = None,
+    partition: Partition = None,
+    out: Annotated[Path, typer.Option(help="The page to write; matrix.json comes beside it.")] = Path("report.html"),
+) -> None:
+    """A page of a run: the matrix, rounds as curves, who took part, bytes, calibration by site, the plan.
+
+    Example: dermaflow federate report runs/federated --out runs/federated/report.html
+    """
+    from clients.matrix import matrix_of, runs_with_compared
+    from clients.report import write_report
+
+    runs = runs_with_compared([run_, *(other or [])])
+    with bars() as show:
+        found = matrix_of(runs, _named(model), shards, partition, show)
+    console.print(f"{write_report(runs[0], found, out)}", markup=False, soft_wrap=True)
+
+
+def _named(models: list[str] | None) -> dict[str, str]:
+    """Bundles by name."""
+    found = {}
+    for entry in models or []:
+        name, equals, bundle = entry.partition("=")
+        if not (name and equals and bundle):
+            raise DataError(f"{entry!r} names no model", where="--model", expected="NAME=BUNDLE")
+        found[name] = bundle
+    return found

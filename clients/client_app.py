@@ -82,6 +82,13 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, site, {name: Array(value) for name, value in found.items()})
 
 
+@app.query("reliability")
+def reliability(message: Message, context: Context) -> Message:
+    """How well the calibrated final model is calibrated on the site's test split: counts by bin, its own interval."""
+    order, site = _asked(message, context)
+    return _answer(message, site, _arrays(site.reliability(order, array_of(message, "parameters"))))
+
+
 def _read(message: Message, context: Context) -> tuple[Order, Site, Model, Layouts]:
     order, site = _asked(message, context)
     try:
@@ -119,5 +126,7 @@ def _arrays(sums: Any) -> dict[str, Array]:
 
 
 def _answer(message: Message, site: Site, arrays: dict[str, Array]) -> Message:
-    content = RecordDict({ARRAYS: ArrayRecord(arrays), CONFIG: ConfigRecord({"site": site.data.name})})
+    content = RecordDict(
+        {ARRAYS: ArrayRecord(arrays), CONFIG: ConfigRecord({"site": site.data.name, "data": site.data.data_hash})}
+    )
     return Message(content, reply_to=message)

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -20,7 +21,7 @@ from flwr.serverapp import Grid
 from safetensors.numpy import load_file, save
 
 from clients.grid import SiteGrid
-from clients.messages import CONFIG, array_of, order_record
+from clients.messages import CONFIG, array_of, content_bytes, order_record
 from clients.plan import Order, Plan
 from clients.rounds import RoundRecord, SiteRounds
 from clients.site import Layouts, Model
@@ -31,6 +32,7 @@ from dermaflow.errors import CheckpointError, FederationError
 from dermaflow.learning.backbones import Network, build
 from dermaflow.learning.linear_head import ABSENT, SCALES, ClassSums, discriminant_head
 from dermaflow.learning.optimisation import Scope
+from dermaflow.learning.train import versions
 from dermaflow.schemas.bundle import Calibration, Reference
 from dermaflow.trust.ood import reference_of_sums
 from dermaflow.trust.pooled import CalibrationCounts, ScalingSums, calibration_of, fit_scaling
@@ -71,6 +73,8 @@ class Coordinator:
             mu=plan.proximal_mu if plan.strategy == "fedprox" else 0.0, resamples=plan.resamples,
         )  # fmt: skip
         self.rounds = read_rounds(self.out)
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self.asked: dict[int, dict[str, int]] = {}  # bytes of questions beside the rounds, by node
         self._failed: Callable[[dict[str, str]], None] = lambda reasons: log.warning("no answer: %s", reasons)
         self.grid = self._find_sites(grid)
         chosen = plan.only.split(",") if plan.only else list(self.grid.names.values())
@@ -83,6 +87,7 @@ class Coordinator:
         began = time.monotonic()
         described = self._ask(self.training, "describe", None, self.order)
         counts = {_site_of(answer): array_of(answer, "train").tolist() for answer in described}
+        data = {_site_of(answer): str(answer.content.config_records[CONFIG]["data"]) for answer in described}
         calibration_images = np.sum([array_of(answer, "calibration") for answer in described], axis=0)
         if self.plan.weights_of == "all":
             self.order = self.order.model_copy(update={"counts": np.sum(list(counts.values()), axis=0).tolist()})
@@ -98,11 +103,16 @@ class Coordinator:
         sites = self._evaluate()
         calibration, reference = self._calibrate(calibration_images)
         storage.write_bytes(self.out / REFERENCE, save({"mean": reference.mean, "whitener": reference.whitener}))
+        for site, found in self._reliability(calibration).items():
+            if site in sites:
+                sites[site]["reliability"] = found
         result = {
             "calibration": calibration.model_dump(mode="json"),
             "plan": self.plan.model_dump() | {"recipe": json.loads(self.plan.recipe)},
             "counts": counts, "rounds": self.rounds, "sites": sites, "seconds": time.monotonic() - began,
-            "training_sites": sorted(self.training.names.values()),
+            "training_sites": sorted(self.training.names.values()), "data": data, "versions": versions(),
+            "asked": {name: self.asked.get(node, {}) for node, name in self.grid.names.items()},
+            "started": self.started,
         }  # fmt: skip
         storage.write_bytes(self.out / RESULT, json.dumps(result, indent=1).encode())
         return result
@@ -135,7 +145,13 @@ class Coordinator:
             Message(order_record(order, model, layouts, **more), dst_node_id=node, message_type=f"query.{question}")
             for node in grid.get_node_ids()
         ]
-        return grid.send_and_receive(messages, timeout=self.plan.timeout)
+        for message in messages:  # counted now: sent, a message may be emptied
+            sizes = self.asked.setdefault(message.metadata.dst_node_id, {"received": 0, "sent": 0})
+            sizes["received"] += content_bytes(message.content)
+        answers = grid.send_and_receive(messages, timeout=self.plan.timeout)
+        for answer in answers:
+            self.asked[answer.metadata.src_node_id]["sent"] += content_bytes(answer.content)
+        return answers
 
     def _model(self, order: Order) -> tuple[Model, Layouts]:
         """The coordinator's network in pieces."""
@@ -240,6 +256,12 @@ class Coordinator:
             _site_of(a): {name: array_of(a, name).tolist() for name in ("confusion", "lesions", "hits", "totals")}
             for a in answers
         }
+
+    def _reliability(self, calibration: Calibration) -> dict[str, Any]:
+        """The calibrated model on every site's test split: counts by bin of its confidence."""
+        parameters = np.append(np.log(calibration.temperature), calibration.bias)
+        answers = self._ask(self.grid, "reliability", None, self.order, parameters=parameters)
+        return {_site_of(a): {name: array_of(a, name).tolist() for name in ("bins", "error")} for a in answers}
 
 
 def balanced_accuracy(confusion: np.ndarray) -> float:

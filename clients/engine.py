@@ -145,7 +145,9 @@ def simulation_engine(home: Path, sites: int, gpus: float = 0.0) -> Iterator[tup
     cpus = os.cpu_count() or 1
     actors = max(1, min(sites, cpus))
     settings = {"DERMAFLOW_THREADS": str(cpus // actors), "RAY_USAGE_STATS_ENABLED": "0"} | environment(home)
-    if os.environ.get("RAY_ADDRESS") and Path("~/.ray/auth_token").expanduser().exists():
+    if not os.environ.get("RAY_ADDRESS"):
+        settings["RAY_ADDRESS"] = "local"  # not some cluster that `ray start` left a note of on this machine
+    elif Path("~/.ray/auth_token").expanduser().exists():
         settings = {"RAY_AUTH_MODE": "token"} | settings  # `ray start` asks for it; Flower's process would not send it
     with log.open("w") as stream:
         link = subprocess.Popen(

@@ -113,6 +113,11 @@ def read_update(content: RecordDict, layouts: Layouts) -> Update:
     return Update(delta, norm, control, numbers, confusion)
 
 
+def content_bytes(content: RecordDict) -> int:
+    """Bytes of the arrays of a message."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
 def array_of(message: Message, name: str) -> np.ndarray:
     """One array of an answer; raises WireError if it is not there or not finite."""
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from dataclasses import fields
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,16 @@ import yaml
 from pydantic import ValidationError
 from safetensors.numpy import load_file
 
-from clients.coordinator import REFERENCE, RESULT, balanced_accuracy, network_of_result
+from clients.coordinator import REFERENCE, RESULT, network_of_result
 from clients.plan import Plan
-from dermaflow.bundles.bundle import save_bundle
-from dermaflow.errors import DataError, RecipeError
+from dermaflow import storage
+from dermaflow.bundles.bundle import load_bundle, save_bundle
+from dermaflow.errors import BundleError, DataError, RecipeError
+from dermaflow.evaluation.crosssite import TestCounts, cell_of
+from dermaflow.evaluation.figures import Estimate
 from dermaflow.learning.recipe import load_recipe
-from dermaflow.learning.train import versions
 from dermaflow.preparation.reading import ShardFolder
-from dermaflow.schemas.bundle import Bundle, Calibration, Reference, TrainingRecord
+from dermaflow.schemas.bundle import Bundle, Calibration, FederationRecord, Reference, TrainingRecord
 
 MODEL = "model"
 """Folder of the bundle within that of the run."""
@@ -77,8 +81,16 @@ def _parsed(changes: list[str]) -> dict[str, Any]:
 
 
 def save_model(plan: Plan) -> Path:
-    """Write the model of a finished run as a bundle; returns its folder."""
+    """Write the model of a finished run as a bundle, unless it is there; returns its folder.
+
+    A finished run makes one bundle: its evaluation stays, and a registry sees one version.
+    """
     folder = Path(plan.out)
+    try:
+        load_bundle(folder / MODEL)
+        return folder / MODEL
+    except BundleError:  # not there yet, or damaged
+        pass
     result = json.loads((folder / RESULT).read_text())
     recipe = plan.parsed_recipe
     counts = np.sum(list(result["counts"].values()), axis=0)
@@ -88,10 +100,15 @@ def save_model(plan: Plan) -> Path:
     ]
     record = TrainingRecord(
         recipe_name=recipe.name, recipe=recipe.model_dump(mode="json"), recipe_hash=recipe.digest, seed=plan.seed,
-        data_hash="", started=datetime.now(UTC).isoformat(timespec="seconds"), seconds=result["seconds"],
+        data_hash=data_hash(result), started=result["started"], seconds=result["seconds"],
         epochs=len(history), device=f"{len(result['training_sites'])} sites, {plan.strategy}",
         workers=len(result["training_sites"]), history=history, initial_weights=recipe.backbone.weights,
-        versions=versions(),
+        versions=result["versions"],
+        federation=FederationRecord(
+            origin="simulation" if plan.shards else "deployment", strategy=plan.strategy,
+            sites=result["training_sites"], rounds=len(history), data=result["data"],
+            plan_sha256=storage.sha256(json.dumps(result["plan"], sort_keys=True).encode()),
+        ),
     )  # fmt: skip
     bundle = Bundle(
         name=f"{recipe.name}-federated", backbone=recipe.backbone.name, input=recipe.input_spec,
@@ -114,25 +131,40 @@ def _mean_loss(record: dict[str, Any]) -> float:
     return sum(site["loss"] * site["images"] for site in sites) / sum(site["images"] for site in sites)
 
 
+def data_hash(result: dict[str, Any]) -> str:
+    """What the run learned from: the hash of the divided shards, or one over those of the sites."""
+    hashes = result["data"]
+    if result["plan"]["shards"]:
+        return str(next(iter(hashes.values())))
+    return storage.sha256("".join(f"{site} {hashes[site]}\n" for site in sorted(hashes)).encode())
+
+
+def tests_of(result: dict[str, Any]) -> dict[str, TestCounts]:
+    """What each site sent of the final model on its test split, by site."""
+    names = [field.name for field in fields(TestCounts)]
+    return {
+        site: TestCounts(*(np.array(part[name], np.int64) for name in names))
+        for site, part in sorted(result["sites"].items())
+    }
+
+
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: each site, and all together, with images, lesions and the 95 % interval over lesions."""
-    sites = dict(sorted(result["sites"].items()))
-    rows = [_row(name, [site], name in result["training_sites"]) for name, site in sites.items()]
+    tests = tests_of(result)
+    everything = reduce(add, tests.values())
     return ["site", "trained", "images", "lesions", "balanced accuracy", "95 %"], [
-        *rows, _row("all", list(sites.values()), True)
-    ]  # fmt: skip
+        *(_row(name, test, name in result["training_sites"]) for name, test in tests.items()),
+        _row("all", everything, True),
+    ]
 
 
-def _row(name: str, parts: list[dict[str, Any]], trained: bool) -> list[str]:
-    confusion = np.sum([np.array(part["confusion"]) for part in parts], axis=0)
-    hits, totals = (np.sum([np.array(part[key]) for part in parts], axis=0) for key in ("hits", "totals"))
-    lesions = int(np.sum([part["lesions"] for part in parts]))
-    there = confusion.sum(1) > 0
-    if not there.any():
-        return [name, "yes" if trained else "no", "0", "0", "-", "-"]
-    value = balanced_accuracy(confusion)
-    with np.errstate(invalid="ignore"):
-        resampled = np.nanmean(np.where(totals > 0, hits / totals, np.nan)[:, there], axis=1)
-    low, high = np.nanquantile(resampled, [0.025, 0.975])
-    images = str(int(confusion.sum()))
-    return [name, "yes" if trained else "no", images, str(lesions), f"{value:.3f}", f"{low:.3f} to {high:.3f}"]
+def _row(name: str, test: TestCounts, trained: bool) -> list[str]:
+    cell = cell_of(test)
+    counts = [str(cell.counts.images), str(cell.counts.lesions)]
+    return [name, "yes" if trained else "no", *counts, *figure(cell.balanced_accuracy)]
+
+
+def figure(found: Estimate) -> tuple[str, str]:
+    """A share and its interval as text; a dash for what there is not."""
+    between = "-" if found.low is None or found.high is None else f"{found.low:.3f} to {found.high:.3f}"
+    return "-" if found.value is None else f"{found.value:.3f}", between

@@ -15,12 +15,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, FedYogi, Krum, Strategy
 
 from clients.grid import SiteGrid
-from clients.messages import ARRAYS, METRICS, order_record, read_update
+from clients.messages import ARRAYS, METRICS, content_bytes, order_record, read_update
 from clients.plan import Order, Plan
 from clients.scaffold import CONTROL, Scaffold
 from clients.site import Layouts, Model, Update
 from clients.wire import WireError, merge_norm
 from dermaflow.errors import FederationError
+from dermaflow.evaluation.metrics import balanced_accuracy
 from dermaflow.learning.optimisation import Scope
 
 _STATE = ("m_t", "v_t", "momentum_vector", "control")
@@ -59,7 +60,8 @@ class RoundRecord:
         round: Its number, from 1, over all phases.
         scope: What was trained.
         seconds: From the first message to the new model.
-        sites: Figures of each site that answered: images, loss, seconds, sent and received bytes.
+        sites: Figures of each site that answered: images, loss, seconds, sent and received bytes; where the model was
+            looked at, ``balanced_accuracy`` of the model that the round began with on its calibration split.
         failed: Sites that did not, and why.
         confusion: int [7, 7] of the model that the round began with, over the answering sites' calibration splits.
     """
@@ -133,7 +135,7 @@ class SiteRounds(Strategy):
             message.content = order_record(order, model, self.layouts)
             message.metadata.group_id = str(number)  # the round, for the audit logs
             site = self._names[message.metadata.dst_node_id]
-            self.record.sites[site] = {"received": float(_bytes(message.content))}
+            self.record.sites[site] = {"received": float(content_bytes(message.content))}
         return messages
 
     def _rate(self, number: int) -> float:
@@ -149,7 +151,7 @@ class SiteRounds(Strategy):
         good: list[tuple[Message, Update]] = []
         for reply in replies:
             site = self._names[reply.metadata.src_node_id]
-            self.record.sites[site]["sent"] = float(_bytes(reply.content))
+            self.record.sites[site]["sent"] = float(content_bytes(reply.content))
             try:
                 good.append((reply, read_update(reply.content, self.layouts)))
                 self._knows_rest.add(reply.metadata.src_node_id)
@@ -166,6 +168,9 @@ class SiteRounds(Strategy):
         for reply, update in good:
             site = self._names[reply.metadata.src_node_id]
             self.record.sites[site] |= update.figures
+            if update.confusion is not None and update.confusion.any():
+                seen_there = balanced_accuracy(update.confusion[None].astype(np.float64))
+                self.record.sites[site]["balanced_accuracy"] = float(seen_there[0])
             arrays = {"weights": Array(self.model.weights + update.delta)}
             if update.control is not None:
                 arrays[CONTROL] = Array(update.control)
@@ -255,7 +260,3 @@ class SiteRounds(Strategy):
                 elif name == "momentum_vector":
                     value = [value]
                 setattr(self.inner, name, value)
-
-
-def _bytes(content: RecordDict) -> int:
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())

@@ -14,7 +14,7 @@ from clients.hub import CONNECTION, HOME
 from clients.plan import Plan
 from clients.site_data import simulated_sites
 from dermaflow import storage
-from dermaflow.errors import FederationError
+from dermaflow.errors import CheckpointError
 
 PLAN = "plan.json"
 Progress = Callable[[str, int, int], None]
@@ -35,7 +35,8 @@ def simulate(plan: Plan, *, gpus: float = 0.0, progress: Progress = lambda label
         What `result.json` in the plan's folder holds.
 
     Raises:
-        FederationError: The run failed, or the folder belongs to another plan.
+        FederationError: The run failed.
+        CheckpointError: The folder belongs to another plan.
     """
     out = Path(plan.out).absolute()
     plan = plan.model_copy(
@@ -62,7 +63,8 @@ def submit_to_hub(plan: Plan, state: Path, progress: Progress = lambda label, do
         What `result.json` in the plan's folder holds.
 
     Raises:
-        FederationError: The hub does not answer, the run failed, or the folder belongs to another plan.
+        FederationError: The hub does not answer, or the run failed.
+        CheckpointError: The folder belongs to another plan.
     """
     out = Path(plan.out).absolute()
     name = plan.name or hashlib.sha256(str(out).encode()).hexdigest()[:12]
@@ -79,7 +81,7 @@ def claim(plan: Plan) -> None:
     """Mark the folder of a run as that of its plan.
 
     Raises:
-        FederationError: It belongs to another plan.
+        CheckpointError: It belongs to another plan.
     """
     path, text = Path(plan.out) / PLAN, plan.model_dump_json(indent=1)
     if not path.exists():
@@ -87,7 +89,7 @@ def claim(plan: Plan) -> None:
     elif path.read_text() != text:
         old = json.loads(path.read_text())
         other = [name for name, value in json.loads(text).items() if old.get(name) != value]
-        raise FederationError(
+        raise CheckpointError(
             f"this folder belongs to a run with another {', '.join(other)}", where=plan.out,
             todo="choose another --out, or remove the folder to start anew",
         )  # fmt: skip

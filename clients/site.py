@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from clients.memory import Memory
 from clients.plan import Norm, Order
 from clients.site_data import SiteData
 from clients.wire import Layout, layout_of, norm_layout, norm_parameters, pack, rest_layout, unpack
 from dermaflow.errors import DataError
+from dermaflow.evaluation.crosssite import Reliability, count_test, reliability_of
 from dermaflow.learning.backbones import BackboneConfig, Network, build
 from dermaflow.learning.inference import predict
 from dermaflow.learning.linear_head import ClassSums, class_sums, scale_losses
@@ -30,7 +33,6 @@ from dermaflow.schemas.shard import Split
 from dermaflow.settings import settings
 from dermaflow.trust.ood import ood_score
 from dermaflow.trust.pooled import CalibrationCounts, ScalingSums, calibration_counts, scaling_sums
-from dermaflow.trust.thresholds import resample
 
 
 @dataclass
@@ -190,17 +192,20 @@ class Site:
         logits, features = self._predict(network, order, "calibration", views=order.recipe.input.views)
         self.memory.keep("final", logits=logits, features=features)
         logits, _ = self._predict(network, order, "test", views=order.recipe.input.views)
-        labels, found = self.data.labels("test"), logits.argmax(1)
-        lesions = self.data.metadata("test")["lesion_id"].to_numpy()
-        confusion = np.zeros((7, 7), np.int64)
-        np.add.at(confusion, (labels, found), 1)
-        truth = np.eye(7, dtype=np.int64)[labels]
-        counts = {"hits": np.zeros((order.resamples, 7), np.int64), "totals": np.zeros((order.resamples, 7), np.int64)}
-        if len(labels):
-            drawn = resample(lesions, order.seed, order.resamples)
-            counts = {"hits": drawn @ (truth * (found == labels)[:, None]), "totals": drawn @ truth}
-        of_class = [len(set(lesions[labels == k])) for k in range(7)]
-        return {"confusion": confusion, "lesions": np.array(of_class, np.int64), **counts}
+        self.memory.keep("test", logits=logits)
+        return vars(count_test(predicted=logits.argmax(1), **self._test(order)))
+
+    def reliability(self, order: Order, parameters: np.ndarray) -> Reliability:
+        """How well the final model is calibrated on the test split, at log temperature and bias [8] of all sites."""
+        logits = self._final("test")["logits"]
+        p = softmax(logits.astype(np.float64) / np.exp(parameters[0]) + parameters[1:], axis=1)
+        return reliability_of(p, **self._test(order))
+
+    def _test(self, order: Order) -> dict[str, Any]:
+        return {
+            "labels": self.data.labels("test"), "lesions": self.data.metadata("test")["lesion_id"].to_numpy(),
+            "seed": order.seed, "resamples": order.resamples,
+        }  # fmt: skip
 
     def scaling_sums(self, parameters: np.ndarray) -> ScalingSums:
         """Sums of the final model's log loss on the calibration split, at a temperature and bias."""
@@ -226,8 +231,8 @@ class Site:
             seed=order.seed,
         )  # fmt: skip
 
-    def _final(self) -> dict[str, np.ndarray]:
-        final = self.memory.recall("final")
+    def _final(self, place: str = "final") -> dict[str, np.ndarray]:
+        final = self.memory.recall(place)
         if final is None:
             raise DataError("the final model never came", where=self.data.name)
         return final

@@ -17,13 +17,14 @@ from prefect.utilities.callables import parameter_docstrings
 
 from dermaflow.errors import DermaflowError
 from flows.evaluate import evaluate
+from flows.federate import federate
 from flows.lifecycle import lifecycle
 from flows.pipeline import pipeline
 from flows.prepare import prepare
 from flows.score import score
 from flows.train import train
 
-FLOWS: tuple[Flow[Any, Any], ...] = (prepare, train, evaluate, pipeline, score, lifecycle)
+FLOWS: tuple[Flow[Any, Any], ...] = (prepare, train, evaluate, pipeline, score, federate, lifecycle)
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 
 from prefect.artifacts import (
@@ -14,6 +15,7 @@ from prefect.artifacts import (
 
 from dermaflow import storage
 from dermaflow.bundles.bundle import parse_bundle, read_description
+from dermaflow.evaluation.crosssite import Matrix
 from dermaflow.evaluation.figures import Evaluation, PointFigures
 from dermaflow.evaluation.plots import training
 from dermaflow.evaluation.report import METRICS_NAME, REPORT_NAME
@@ -98,6 +100,51 @@ def show_scoring(folder: str) -> None:
     page = storage.join(folder, PAGE)
     link = page if storage.is_remote(page) else Path(page).absolute().as_uri()
     create_link_artifact(link, link_text=page, key="scoring-summary", description="Flagged lesions, mix and failures.")
+
+
+def show_rounds(out: Path) -> None:
+    """The rounds of a federated run: loss, balanced accuracy before the round, bytes, and who was left out and why."""
+    rows = []
+    for line in (out / "rounds.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        sites = record["sites"].values()
+        images = sum(site["images"] for site in sites)
+        seen = record.get("balanced_accuracy")
+        rows.append(
+            {
+                "round": record["round"],
+                "sites": len(sites),
+                "loss": f"{sum(site['loss'] * site['images'] for site in sites) / images:.4g}",
+                "balanced accuracy before": "" if seen is None else f"{seen:.3f}",
+                "seconds": f"{record['seconds']:.0f}",
+                "MB": f"{sum(site['received'] + site['sent'] for site in sites) / 1e6:.1f}",
+                "left out": "; ".join(f"{name}: {reason}" for name, reason in record["failed"].items()),
+            }
+        )
+    create_table_artifact(
+        rows, key="rounds", description="Rounds of the federated run; balanced accuracy on the calibration splits."
+    )
+
+
+def show_matrix(out: Path) -> None:
+    """Balanced accuracy of every model at every site, with intervals, and a link to the page of the run."""
+    found = Matrix.model_validate_json(storage.read_bytes(str(out / "matrix.json")))
+    first = found.rows[0]
+    counts = {site: f"{cell.counts.images} / {cell.counts.lesions}" for site, cell in first.cells.items()}
+    everything = f"{first.everything.counts.images} / {first.everything.counts.lesions}"
+    rows = [{"model": "test images / lesions"} | counts | {"all": everything, "mean of sites": ""}]
+    for row in found.rows:
+        cells = {site: percent(cell.balanced_accuracy) for site, cell in row.cells.items()}
+        overall = {"all": percent(row.everything.balanced_accuracy), "mean of sites": percent(row.mean_of_sites)}
+        rows.append({"model": row.model} | cells | overall)
+    lacking = "; ".join(f"{site} has no {', '.join(c.absent)}" for site, c in first.cells.items() if c.absent)
+    create_table_artifact(
+        rows, key="cross-site",
+        description="Balanced accuracy of every model on every site's test lesions, 95 % intervals over the lesions."
+        + (f" Averages are over the classes that are there: {lacking}." if lacking else ""),
+    )  # fmt: skip
+    page = (out / "report.html").absolute()
+    create_link_artifact(page.as_uri(), link_text=str(page), key="federation-report", description="The federated run.")
 
 
 def _share(share: float | None) -> str:

@@ -10,10 +10,12 @@ from pathlib import Path
 from prefect.runtime import flow_run
 
 from dermaflow import storage
+from dermaflow.bundles.registry import Registry
 from dermaflow.learning.recipe import Recipe
 from dermaflow.scoring.planning import resolve_model
 from dermaflow.scoring.sources import fingerprint, identify
 from flows import artifacts
+from flows.agreed import Rule
 from flows.caching import (
     Output,
     archive_identity,
@@ -26,7 +28,16 @@ from flows.caching import (
     weights_identity,
 )
 from flows.promotion import Decision
-from flows.tasks import evaluate_model, prepare_shards, register_model, score_source, train_model
+from flows.tasks import (
+    evaluate_model,
+    prepare_shards,
+    promote_on_test,
+    register_model,
+    report_federation,
+    score_source,
+    train_federated,
+    train_model,
+)
 
 
 def prepared(data: Path, shards: str, *, seed: int, hours: float) -> Output:
@@ -83,6 +94,31 @@ def scored(source: str, output: str, *, model: str, patients: str | None, hours:
 def registered(model: str, registry: str) -> Decision:
     """An evaluated model in the registry, and the champion if it is the better one."""
     decision = register_model(model, _absolute(registry), by=f"flow run {flow_run.name}")
+    artifacts.show_decision(decision, registry)
+    return decision
+
+
+def federated(arguments: list[str], out: Path, *, hours: float) -> Output:
+    """The model of a federated run, in the folder `out`; the command itself knows what is done."""
+    output = train_federated.with_options(timeout_seconds=hours * 3600)(arguments, out)
+    artifacts.show_rounds(out)
+    return output
+
+
+def reported(out: Path, *, registry: str | None, shards: str | None, hours: float) -> Output:
+    """The page and the matrix of a federated run; beside its model the champion, where its images are here."""
+    champion = Registry(registry).champion() if registry and shards else None
+    place = storage.join(_absolute(str(registry)), "models", champion.id) if champion else None
+    output = report_federation.with_options(timeout_seconds=hours * 3600)(out, place)
+    artifacts.show_matrix(out)
+    return output
+
+
+def agreed(model: str, registry: str, test: str, evaluation: str, rule: Rule, *, hours: float) -> Decision:
+    """A federated model in the registry, and the champion if it is better by the rule's margin on the agreed test."""
+    decision = promote_on_test.with_options(timeout_seconds=hours * 3600)(
+        model, _absolute(registry), _absolute(test), evaluation, rule, by=f"flow run {flow_run.name}"
+    )
     artifacts.show_decision(decision, registry)
     return decision
 

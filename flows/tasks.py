@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from prefect import Task, task
@@ -13,13 +14,13 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.task_engine import TaskRunTimeoutError
 
 from dermaflow import storage
-from dermaflow.bundles.bundle import load_bundle
+from dermaflow.bundles.bundle import LoadedBundle, load_bundle
 from dermaflow.bundles.registry import Registry
 from dermaflow.datasets.growth import grow
-from dermaflow.errors import RegistryError, StorageError
+from dermaflow.errors import FederationError, RegistryError, StorageError
 from dermaflow.evaluation.arrivals import measure
 from dermaflow.evaluation.frozen import check_unseen, freeze
-from dermaflow.evaluation.run import evaluate_bundle, predict_test
+from dermaflow.evaluation.run import PREDICTIONS_NAME, evaluate_bundle, predict_test
 from dermaflow.learning.recipe import Recipe
 from dermaflow.learning.train import train
 from dermaflow.preparation.prepare import prepare
@@ -27,7 +28,9 @@ from dermaflow.preparation.reading import ShardFolder
 from dermaflow.scoring.bulk import score
 from dermaflow.scoring.planning import resolve_model
 from dermaflow.trust.drift import Measures
+from flows.agreed import Rule, decide_on_test
 from flows.caching import Output, model_identity, report_identity, scoring_identity, shards_identity
+from flows.command import dermaflow
 from flows.cycle import Turn, known_hashes
 from flows.promotion import Decision, decide
 from flows.running import interruptible
@@ -44,6 +47,12 @@ def is_curable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     error = state.result(raise_on_failure=False)
     cause = error.__cause__ if isinstance(error, StorageError) else error
     return isinstance(cause, OSError) and not isinstance(cause, _LASTING) and cause.errno != errno.ENOSPC
+
+
+def can_go_on(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether another try can help a federated run, which goes on after its last finished round: a site or the hub was
+    away. A folder of another plan stays that."""
+    return isinstance(state.result(raise_on_failure=False), FederationError) or is_curable(task, run, state)
 
 
 _CAREFUL: dict[str, Any] = {
@@ -153,3 +162,29 @@ def promote_challenger(turn: Turn, model: str, registry: str, holds: bool, reaso
                 raise
             holds, reason = False, f"{reason}. It is not promoted: {error}"
     return Decision(version=version.id, promoted=holds, reason=reason)
+
+
+@task(name="federate", **_CAREFUL | {"persist_result": False, "retry_condition_fn": can_go_on})
+def train_federated(arguments: list[str], out: Path) -> Output:
+    """Train over sites by the command, which does nothing twice and goes on where an earlier run stopped."""
+    dermaflow("federate", *arguments)
+    return Output(path=str(out / "model"), identity=model_identity(str(out / "model")))
+
+
+@task(name="federation report", **_CAREFUL | {"persist_result": False})
+def report_federation(out: Path, champion: str | None) -> Output:
+    """The page of a federated run and the matrix of every model at every site, with the champion where it is given."""
+    more = ["--model", f"champion={champion}"] if champion else []
+    dermaflow("federate", "report", str(out), "--out", str(out / "report.html"), *more)
+    return Output(path=str(out / "report.html"), identity=storage.sha256_file(str(out / "report.html")))
+
+
+@task(name="promote on the agreed test", **_CAREFUL | {"persist_result": False})
+def promote_on_test(model: str, registry: str, test: str, evaluation: str, rule: Rule, by: str) -> Decision:
+    """Add a model to the registry; promote it if the rule holds against the champion, measured on the same test."""
+
+    def predict(champion: LoadedBundle) -> pd.DataFrame:
+        return predict_test(champion, ShardFolder(test), lambda step, done, total: None)
+
+    data = storage.read_bytes(storage.join(evaluation, PREDICTIONS_NAME))
+    return decide_on_test(model, registry, pq.read_table(pa.BufferReader(data)).to_pandas(), predict, rule, by)

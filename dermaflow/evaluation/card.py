@@ -133,6 +133,15 @@ def _making_facts(bundle: Bundle) -> tuple[tuple[str, str], ...]:
         ("weights SHA-256", bundle.weights_sha256),
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(training.versions.items()))),
     ]
+    if training.federation:
+        federation = training.federation
+        facts.append(
+            (
+                "federation",
+                f"{federation.strategy} over {', '.join(federation.sites)}, {federation.rounds} rounds, "
+                f"{federation.origin}, plan {federation.plan_sha256[:12]}",
+            )
+        )
     if calibration:
         facts.append(
             (

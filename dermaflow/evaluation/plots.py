@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -138,6 +138,73 @@ def _curves(history: Sequence[dict[str, float]], names: list[str], label: str, t
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return _svg(figure, f"Training: {label} by epoch")
+
+
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, description: str, *,
+    bold: str | None = None, floor: float | None = None,
+) -> Markup:  # fmt: skip
+    """Curves by name over rounds; one of them may be drawn in bold, and many of them are drawn alike.
+
+    Args:
+        series: Points of each curve; those that are not finite are left out.
+        x: Label of the axis, whole numbers.
+        y: Label of the other.
+        description: For those who do not see the plot.
+        bold: Name of the curve that stands out.
+        floor: Where the axis begins.
+    """
+    styles = _styles(list(series), bold)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.8, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for name, points in series.items():
+            shown = [(a, b) for a, b in points if np.isfinite(b)]
+            if not shown:
+                continue
+            axes.plot(*zip(*shown, strict=True), "o-", markersize=3, **styles[name])
+        axes.set(xlabel=x, ylabel=y)
+        if floor is not None:
+            axes.set_ylim(bottom=floor)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        return _svg(figure, description)
+
+
+def reliability_by_site(bins: Mapping[str, np.ndarray], bold: str) -> Markup:
+    """Accuracy against confidence of each site, from counts [15, 3] as in `crosssite.Reliability`; one site in bold."""
+    styles = _styles(list(bins), bold)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.8, 4.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--")
+        for name, counts in bins.items():
+            full = counts[:, 0] > 0
+            if not full.any():
+                continue
+            confidence, right = counts[full, 1] / counts[full, 0], counts[full, 2] / counts[full, 0]
+            axes.plot(confidence, right, "o-", markersize=3.5, **styles[name])
+        axes.set(
+            xlabel="probability of the most probable class",
+            ylabel="share called right",
+            xlim=(0, 1),
+            ylim=(-0.02, 1.02),
+        )
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        return _svg(figure, "Accuracy against confidence by site")
+
+
+def _styles(names: Sequence[str], bold: str | None) -> dict[str, dict[str, Any]]:
+    """Colour, width and label of curves; where there are more than colours, all but the bold one are grey, unnamed."""
+    palette = [COLOURS[code] for code in ("nv", "bcc", "df", "vasc", "akiec", "bkl")]
+    others = [name for name in names if name != bold]
+    if len(others) > len(palette):
+        styles = {name: {"color": FAINT, "linewidth": 1.0, "label": f"_{name}"} for name in others}
+    else:
+        styles = {name: {"color": palette[k], "linewidth": 1.2, "label": name} for k, name in enumerate(others)}
+    return styles | ({} if bold is None else {bold: {"color": INK, "linewidth": 2.4, "label": bold}})
 
 
 def coverage(conformal: ConformalFigures) -> Markup:

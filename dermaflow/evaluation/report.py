@@ -75,7 +75,7 @@ def write_report(
     dismissed, others = worst_mistakes(predictions, sample, predicted, images)
     sections = card_sections(bundle, measured, predictions["image_id"].astype(str), command)
     everything = measured.populations["all"]
-    page = _environment().get_template("report.html.j2").render(
+    page = environment().get_template("report.html.j2").render(
         bundle=bundle,
         evaluation=measured,
         everything=everything,
@@ -100,27 +100,28 @@ def write_report(
         urgency_text=URGENCY_TEXT,
         diagnoses={diagnosis.code: diagnosis.name for diagnosis in DIAGNOSES},
     )  # fmt: skip
-    card = _environment().get_template("card.md.j2").render(bundle=bundle, card=sections)
+    card = environment().get_template("card.md.j2").render(bundle=bundle, card=sections)
     storage.write_bytes(storage.join(out, METRICS_NAME), measured.model_dump_json(indent=2).encode())
     storage.write_bytes(storage.join(out, CARD_NAME), card.encode())
     storage.write_bytes(storage.join(out, REPORT_NAME), page.encode())
     return Path(out) / REPORT_NAME
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Where the pages of this package and their style are found; values are escaped in HTML."""
+    found = jinja2.Environment(
         loader=jinja2.PackageLoader("dermaflow.evaluation", "templates"),
         autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(
+    found.globals.update(
         value=wording.value,
         interval=wording.interval,
         point_titles=wording.POINT_TITLES,
     )
-    return environment
+    return found
 
 
 def _provenance(bundle: Bundle, command: str | None) -> dict[str, str]:

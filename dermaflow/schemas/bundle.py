@@ -115,6 +115,17 @@ class Calibration(_Strict):
     data_hash: str = ""  # of the shards it was fitted on
 
 
+class FederationRecord(_Strict):
+    """How sites that keep their images trained a model together."""
+
+    origin: Literal["simulation", "deployment"]
+    strategy: str
+    sites: list[str]  # that trained, sorted
+    rounds: int
+    data: dict[str, str]  # data hash of each of them; in a simulation that of the divided shards
+    plan_sha256: str  # of the plan in result.json, as JSON with sorted keys
+
+
 class TrainingRecord(_Strict):
     """Where the weights come from."""
 
@@ -131,6 +142,7 @@ class TrainingRecord(_Strict):
     history: list[dict[str, float]]  # one entry an epoch: epoch, loss, lr, seconds, and on evaluation epochs val_*
     initial_weights: str | None  # file name or "torchvision" or None
     versions: dict[str, str]
+    federation: FederationRecord | None = None  # None: trained in one place
 
 
 class Bundle(_Strict):

@@ -27,7 +27,7 @@ from clients.site import Correction, Layouts, Model, Site, local_recipe, part_of
 from clients.site_data import SiteData, simulated_sites
 from clients.wire import layout_of, pack
 from dermaflow.bundles.bundle import load_bundle
-from dermaflow.errors import FederationError
+from dermaflow.errors import CheckpointError, FederationError
 from dermaflow.learning.backbones import build
 from dermaflow.learning.inference import predict
 from dermaflow.learning.linear_head import SCALES, discriminant_head
@@ -390,7 +390,7 @@ def test_a_folder_belongs_to_one_plan(tmp_path: Path) -> None:
     plan = a_plan("shards", tmp_path)
     claim(plan)
     claim(plan)
-    with pytest.raises(FederationError, match="another rounds, seed"):
+    with pytest.raises(CheckpointError, match="another rounds, seed"):
         claim(plan.model_copy(update={"rounds": 9, "seed": 9}))
 
 
