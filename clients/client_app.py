@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients import secure
 from clients.memory import Memory
-from clients.messages import ARRAYS, CONFIG, array_of, read_model, read_order, update_record
+from clients.messages import ARRAYS, CONFIG, METRICS, array_of, read_model, read_order, update_record
 from clients.plan import Order, Plan
 from clients.policy import Refused, load_policy, refusal
 from clients.site import Layouts, Model, Site
@@ -32,6 +33,10 @@ def train(message: Message, context: Context) -> Message:
     """A round: new weights less the old, from the site's training split."""
     order, site, model, layouts = _read(message, context)
     update = site.train(order, model)
+    if secure.is_secure(message):
+        arrays = secure.update_sums(update, order, layouts)
+        figures = {name: value for name, value in update.figures.items() if name != "loss"}
+        return _masked_answer(message, context, order, site, arrays, figures)
     return Message(update_record(update, order, layouts, site.data.name), reply_to=message)
 
 
@@ -47,16 +52,14 @@ def describe(message: Message, context: Context) -> Message:
 def class_sums(message: Message, context: Context) -> Message:
     """Class-wise sums of the frozen backbone's features over the training split."""
     order, site, model, _ = _read(message, context)
-    sums = site.class_sums(order, model)
-    return _answer(message, site, _arrays(sums))
+    return _answer_sums(message, context, order, site, site.class_sums(order, model))
 
 
 @app.query("scaling_sums")
 def scaling_sums(message: Message, context: Context) -> Message:
     """Sums of the final model's log loss on the calibration split, at a temperature and bias."""
-    _, site = _asked(message, context)
-    sums = site.scaling_sums(array_of(message, "parameters"))
-    return _answer(message, site, _arrays(sums))
+    order, site = _asked(message, context)
+    return _answer_sums(message, context, order, site, site.scaling_sums(array_of(message, "parameters")))
 
 
 @app.query("calibration_counts")
@@ -64,7 +67,7 @@ def calibration_counts(message: Message, context: Context) -> Message:
     """Histograms of the final model on the calibration split."""
     order, site = _asked(message, context)
     sent = (array_of(message, name) for name in ("parameters", "priors", "mean", "whitener"))
-    return _answer(message, site, _arrays(site.calibration_counts(order, *sent)))
+    return _answer_sums(message, context, order, site, site.calibration_counts(order, *sent))
 
 
 @app.query("evaluate")
@@ -73,6 +76,31 @@ def evaluate(message: Message, context: Context) -> Message:
     order, site, model, _ = _read(message, context)
     found = site.evaluate(order, model)
     return _answer(message, site, {name: Array(value) for name, value in found.items()})
+
+
+@app.query("secure_keys")
+def secure_keys(message: Message, context: Context) -> Message:
+    """Public keys for a sum that nobody can take apart."""
+    _asked(message, context)
+    return _leg(message, secure.offer_keys(message, context))
+
+
+@app.query("secure_shares")
+def secure_shares(message: Message, context: Context) -> Message:
+    """Shares of this site's secrets, each sealed for one other site."""
+    _asked(message, context)
+    return _leg(message, secure.share_secrets(message, context))
+
+
+@app.query("secure_reveal")
+def secure_reveal(message: Message, context: Context) -> Message:
+    """Shares that take the masks off the sum."""
+    _asked(message, context)
+    return _leg(message, secure.reveal(message, context))
+
+
+def _leg(message: Message, record: ConfigRecord) -> Message:
+    return Message(RecordDict({secure.SECURE: record}), reply_to=message)
 
 
 def _read(message: Message, context: Context) -> tuple[Order, Site, Model, Layouts]:
@@ -100,15 +128,29 @@ def _asked(message: Message, context: Context) -> tuple[Order, Site]:
     site = Site(SiteData(config.name, str(config.shards)), Memory(folder / "state", order.run))
     reason = refusal(
         load_policy(folder), strategy=order.strategy, scope=order.scope, round=order.round, rounds=order.rounds,
-        epsilon=None, class_counts=dict(zip(CODES, site.data.counts()["train"], strict=True)), now=datetime.now(),
+        epsilon=None, secure=secure.is_secure(message) or message.metadata.message_type not in secure.SUMMED,
+        class_counts=dict(zip(CODES, site.data.counts()["train"], strict=True)), now=datetime.now(),
     )  # fmt: skip
     if reason:
         raise Refused(reason)
     return order, site
 
 
-def _arrays(sums: Any) -> dict[str, Array]:
-    return {item.name: Array(np.asarray(getattr(sums, item.name), np.float64)) for item in fields(sums)}
+def _answer_sums(message: Message, context: Context, order: Order, site: Site, sums: Any) -> Message:
+    """Sums as they are, or under masks where the coordinator is to see only those of all sites."""
+    arrays = {item.name: np.asarray(getattr(sums, item.name), np.float64) for item in fields(sums)}
+    if secure.is_secure(message):
+        return _masked_answer(message, context, order, site, arrays, {})
+    return _answer(message, site, {name: Array(array) for name, array in arrays.items()})
+
+
+def _masked_answer(
+    message: Message, context: Context, order: Order, site: Site, arrays: dict[str, np.ndarray],
+    figures: dict[str, float],
+) -> Message:  # fmt: skip
+    content = RecordDict({ARRAYS: secure.masked(message, context, arrays, order.secure_range)})
+    content[METRICS], content[CONFIG] = MetricRecord(dict(figures)), ConfigRecord({"site": site.data.name})
+    return Message(content, reply_to=message)
 
 
 def _answer(message: Message, site: Site, arrays: dict[str, Array]) -> Message:

@@ -22,6 +22,7 @@ from clients.grid import SiteGrid
 from clients.messages import CONFIG, array_of, order_record
 from clients.plan import Order, Plan
 from clients.rounds import RoundRecord, SiteRounds
+from clients.secure_grid import SecureGrid
 from clients.site import Layouts, Model
 from clients.site_data import simulated_sites
 from clients.wire import pack, unpack
@@ -66,12 +67,15 @@ class Coordinator:
             adjusted=plan.loss == "adjusted", norm=plan.norm, keep_moments=plan.keep_moments,
             precision=plan.precision, seed=plan.seed,
             mu=plan.proximal_mu if plan.strategy == "fedprox" else 0.0, resamples=plan.resamples,
+            secure_range=plan.secure_range if plan.secure else 0.0,
         )  # fmt: skip
         self.rounds = read_rounds(self.out)
         self._failed: Callable[[dict[str, str]], None] = lambda reasons: log.warning("no answer: %s", reasons)
         self.grid = self._find_sites(grid)
         chosen = plan.only.split(",") if plan.only else list(self.grid.names.values())
-        self.training = self._grid_of({node: name for node, name in self.grid.names.items() if name in chosen})
+        self.training = self._grid_of(
+            {node: name for node, name in self.grid.names.items() if name in chosen}, secure=plan.secure
+        )
         if not self.training.names:
             raise FederationError(f"no site of {chosen}", expected=f"some of {sorted(self.grid.names.values())}")
 
@@ -81,6 +85,8 @@ class Coordinator:
         described = self._ask(self.training, "describe", None, self.order)
         counts = {_site_of(answer): array_of(answer, "train").tolist() for answer in described}
         calibration_images = np.sum([array_of(answer, "calibration") for answer in described], axis=0)
+        most = max((sum(of_site) for of_site in counts.values()), default=0)
+        self.order = self.order.model_copy(update={"most_images": most})
         if self.plan.weights_of == "all":
             self.order = self.order.model_copy(update={"counts": np.sum(list(counts.values()), axis=0).tolist()})
         if self.plan.head == "statistics" and not self.rounds:
@@ -118,11 +124,14 @@ class Coordinator:
         answers = self._ask(found, "describe", None, self.order)
         return self._grid_of({reply.metadata.src_node_id: _site_of(reply) for reply in answers}, grid)
 
-    def _grid_of(self, names: dict[int, str], grid: Grid | None = None) -> SiteGrid:
-        return SiteGrid(
-            grid or self.grid, names, quorum=self.plan.quorum, grace=self.plan.grace,
-            failed=lambda reasons: self._failed(reasons),
-        )  # fmt: skip
+    def _grid_of(self, names: dict[int, str], grid: Grid | None = None, *, secure: bool = False) -> SiteGrid:
+        options: dict[str, Any] = {
+            "quorum": self.plan.quorum, "grace": self.plan.grace, "failed": lambda reasons: self._failed(reasons),
+        }  # fmt: skip
+        if secure:
+            options |= {"threshold": self.plan.secure_threshold, "limit": self.plan.secure_range}
+            return SecureGrid(grid or self.grid, names, **options)
+        return SiteGrid(grid or self.grid, names, **options)
 
     def _ask(
         self, grid: SiteGrid, question: str, model: Model | None, order: Order, **more: np.ndarray
@@ -134,6 +143,12 @@ class Coordinator:
         ]
         return grid.send_and_receive(messages, timeout=self.plan.timeout)
 
+    def _enough(self, question: str) -> None:
+        """Raise FederationError if fewer sites than the plan wants are in the last answers."""
+        count = len(self.training.answered)
+        if count < self.plan.min_sites:
+            raise FederationError(f"{count} sites answered {question}", expected=f"at least {self.plan.min_sites}")
+
     def _model(self, order: Order) -> tuple[Model, Layouts]:
         """The coordinator's network in pieces."""
         layouts, tensors = Layouts.of(order), self.network.state_dict()
@@ -144,8 +159,7 @@ class Coordinator:
         """A head from the sums of all sites: linear discriminant analysis on the frozen backbone's features."""
         order = self.order.model_copy(update={"scope": "head"})
         answers = self._ask(self.training, "class_sums", self._model(order)[0], order)
-        if len(answers) < self.plan.min_sites:
-            raise FederationError(f"{len(answers)} sites sent sums", expected=f"at least {self.plan.min_sites}")
+        self._enough("class_sums")
         sums = [ClassSums(*(array_of(a, name) for name in ("counts", "sums", "products"))) for a in answers]
         total = sum(sums[1:], sums[0])
         even = np.ones(len(total.counts)) if self.order.adjusted else None  # what the adjusted loss trains towards
@@ -153,7 +167,7 @@ class Coordinator:
         with torch.no_grad():
             self.network.head.weight.copy_(torch.from_numpy(weight))
             self.network.head.bias.copy_(torch.from_numpy(np.maximum(bias, -30.0)))
-        log.info("head from the sums of %d sites, %d images", len(answers), int(total.counts.sum()))
+        log.info("head from the sums of %d sites, %d images", len(self.training.answered), int(total.counts.sum()))
 
     def _train(self, scope: Scope, first: int, last: int) -> None:
         done = len(self.rounds)
@@ -208,8 +222,7 @@ class Coordinator:
 
         def total(kind: type[S], question: str, model: Model | None, **more: np.ndarray) -> S:
             answers = self._ask(self.training, question, model, self.order, **more)
-            if len(answers) < self.plan.min_sites:
-                raise FederationError(f"{len(answers)} sites answered {question}", expected=f"{self.plan.min_sites}")
+            self._enough(question)
             names = [item.name for item in fields(kind)]
             return reduce(add, [kind(*(array_of(answer, name) for name in names)) for answer in answers])
 

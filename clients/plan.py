@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clients.wire import Precision
 from dermaflow import __version__
@@ -64,6 +64,11 @@ class Plan(BaseModel):
     grace: float = Field(5.0, ge=0, description="Seconds.")
     timeout: float = Field(3600.0, gt=0, description="Seconds that a round may take.")
     monitor_every: int = Field(1, ge=1, description="Rounds between looks at the sites' calibration splits.")
+    secure: bool = Field(False, description="Secure aggregation: the coordinator learns sums of sites only.")
+    secure_threshold: int = Field(
+        0, ge=0, description="Sites that must stay until the end of a secure sum; 0 for more than half of those asked."
+    )
+    secure_range: float = Field(8.0, gt=0, description="Largest change of a weight in a round that secure sums carry.")
     seed: int = Field(0, ge=0, lt=2**31)
     resamples: int = Field(1000, ge=1, description="Lesion resamples of each site for the intervals.")
     name: str = Field(
@@ -78,6 +83,17 @@ class Plan(BaseModel):
     )
     only: str = Field("", description="Simulation only: the sites that train, comma-separated; all are evaluated.")
     out: str = Field(description="Folder of the result, on the coordinator's machine.")
+
+    @model_validator(mode="after")
+    def _secure_sums_hide_what_some_strategies_need(self) -> Plan:
+        if self.secure and self.strategy in ("trimmed_mean", "median", "krum", "scaffold"):
+            raise ValueError(
+                f"strategy {self.strategy} needs each site's update, secure aggregation shows their sum only; use "
+                "fedavg, fedprox, fedavgm, fedadam or fedyogi, or secure=false"
+            )
+        if self.secure and self.precision != "float32":
+            raise ValueError(f"precision {self.precision} cannot be masked; secure sums are fixed-point, 32 bits")
+        return self
 
     @property
     def parsed_recipe(self) -> Recipe:
@@ -129,5 +145,7 @@ class Order(BaseModel):
     mu: float = 0.0
     monitor: bool = False
     precision: Precision = "float32"
+    secure_range: float = 0.0  # 0 without secure aggregation
+    most_images: int = 0  # largest number of training images of a site, to which secure updates are weighed
     seed: int = 0
     resamples: int = 0
