@@ -39,7 +39,7 @@ def main(
         Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "scaffold", "trimmed_mean", "median", "krum"],
         typer.Option(help="How updates are brought together."),
     ] = "fedavg",
-    rounds: Annotated[int, typer.Option(min=1)] = 20,
+    rounds: Annotated[int, typer.Option(min=0)] = 20,
     local_epochs: Annotated[float, typer.Option(help="Epochs of a site in a round, 0.25 for instance.")] = 1.0,
     scope: Annotated[
         Literal["head", "last_block", "all"], typer.Option(help="What is trained and sent.")
@@ -87,8 +87,13 @@ def run(
     for record in result["rounds"]:
         for name, reason in record["failed"].items():
             console.print(f"round {record['round']}: without {name}: {reason}", markup=False)
+    if given := result["privacy"]:
+        console.print(
+            f"differential privacy of {given['unit']}: epsilon {given['epsilon']:.2f} at delta {given['delta']:g}"
+        )
+    calibrated = "calibrated on sums of all sites" if result["calibration"] else "not calibrated"
     console.print(
-        f"{bundle}: the model, calibrated on sums of all sites. For one site's own images: dermaflow calibrate --model "
+        f"{bundle}: the model, {calibrated}. For one site's own images: dermaflow calibrate --model "
         f"{bundle} --shards ITS-SHARDS --out ITS-MODEL\nnext: dermaflow evaluate --model {bundle} --shards SHARDS "
         "--out REPORT", markup=False, soft_wrap=True,
     )  # fmt: skip

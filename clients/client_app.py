@@ -11,7 +11,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients import secure
+from clients import privacy, secure
+from clients.accountant import Ledger, Release, epsilon
 from clients.memory import Memory
 from clients.messages import ARRAYS, CONFIG, METRICS, array_of, read_model, read_order, update_record
 from clients.plan import Order, Plan
@@ -32,10 +33,14 @@ FOLDER = "site-folder"
 def train(message: Message, context: Context) -> Message:
     """A round: new weights less the old, from the site's training split."""
     order, site, model, layouts = _read(message, context)
-    update = site.train(order, model)
+    budget = _budget(site, context)
+    private = order.dp == "lesion"
+    update = privacy.private_round(site, order, model, budget) if private else site.train(order, model)
+    if order.dp == "site":
+        update = privacy.noised_update(update, order, budget)
     if secure.is_secure(message):
         arrays = secure.update_sums(update, order, layouts)
-        figures = {name: value for name, value in update.figures.items() if name != "loss"}
+        figures = {name: update.figures[name] for name in ("images", "seconds")}
         return _masked_answer(message, context, order, site, arrays, figures)
     return Message(update_record(update, order, layouts, site.data.name), reply_to=message)
 
@@ -43,15 +48,21 @@ def train(message: Message, context: Context) -> Message:
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
     """The site's name, and how many images of each class each split has."""
-    _, site = _asked(message, context)
-    counts = {name: Array(np.array(value, np.int64)) for name, value in site.data.counts().items()}
-    return _answer(message, site, counts)
+    order, site = _asked(message, context)
+    counts = {name: np.array(value, np.int64) for name, value in site.data.counts().items()}
+    if order.dp == "lesion":
+        counts["train"] = privacy.lesion_counts(site, order, _budget(site, context)).astype(np.int64)
+    return _answer(message, site, {name: Array(value) for name, value in counts.items()})
 
 
 @app.query("class_sums")
 def class_sums(message: Message, context: Context) -> Message:
     """Class-wise sums of the frozen backbone's features over the training split."""
     order, site, model, _ = _read(message, context)
+    if order.dp == "lesion":
+        sums = privacy.private_sums(site, order, model, _budget(site, context))
+        return _answer_sums(message, context, order, site, sums)
+    _exact(order)
     return _answer_sums(message, context, order, site, site.class_sums(order, model))
 
 
@@ -59,6 +70,7 @@ def class_sums(message: Message, context: Context) -> Message:
 def scaling_sums(message: Message, context: Context) -> Message:
     """Sums of the final model's log loss on the calibration split, at a temperature and bias."""
     order, site = _asked(message, context)
+    _exact(order)
     return _answer_sums(message, context, order, site, site.scaling_sums(array_of(message, "parameters")))
 
 
@@ -66,6 +78,7 @@ def scaling_sums(message: Message, context: Context) -> Message:
 def calibration_counts(message: Message, context: Context) -> Message:
     """Histograms of the final model on the calibration split."""
     order, site = _asked(message, context)
+    _exact(order)
     sent = (array_of(message, name) for name in ("parameters", "priors", "mean", "whitener"))
     return _answer_sums(message, context, order, site, site.calibration_counts(order, *sent))
 
@@ -128,12 +141,37 @@ def _asked(message: Message, context: Context) -> tuple[Order, Site]:
     site = Site(SiteData(config.name, str(config.shards)), Memory(folder / "state", order.run))
     reason = refusal(
         load_policy(folder), strategy=order.strategy, scope=order.scope, round=order.round, rounds=order.rounds,
-        epsilon=None, secure=secure.is_secure(message) or message.metadata.message_type not in secure.SUMMED,
+        epsilon=_promised(order),
+        secure=secure.is_secure(message) or message.metadata.message_type not in secure.SUMMED,
         class_counts=dict(zip(CODES, site.data.counts()["train"], strict=True)), now=datetime.now(),
     )  # fmt: skip
     if reason:
         raise Refused(reason)
     return order, site
+
+
+def _exact(order: Order) -> None:
+    """Refuse exact sums where the run promises noise."""
+    if order.dp in ("lesion", "site"):
+        raise Refused(f"exact sums do not go with dp={order.dp}")
+
+
+def _budget(site: Site, context: Context) -> privacy.Budget:
+    ledger = Ledger(site.memory.site_folder)
+    if FOLDER not in context.node_config:
+        return privacy.Budget(ledger, Plan.from_run_config(dict(context.run_config)).delta, None)
+    policy = load_policy(Path(str(context.node_config[FOLDER])))
+    return privacy.Budget(ledger, policy.delta, policy.max_epsilon)
+
+
+def _promised(order: Order) -> float | None:
+    """Epsilon of the noise that the site adds in the whole run; None if it adds none."""
+    if order.dp == "lesion":
+        return order.epsilon
+    if order.dp == "site" and order.rounds:
+        every = Release(run="", what="", unit="site", noise=order.noise, steps=order.rounds)
+        return epsilon([every], order.delta)
+    return None
 
 
 def _answer_sums(message: Message, context: Context, order: Order, site: Site, sums: Any) -> Message:

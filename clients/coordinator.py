@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save
 from clients.grid import SiteGrid
 from clients.messages import CONFIG, array_of, order_record
 from clients.plan import Order, Plan
+from clients.privacy import PRIVATE_SHRINKAGE, guarantee, repaired
 from clients.rounds import RoundRecord, SiteRounds
 from clients.secure_grid import SecureGrid
 from clients.site import Layouts, Model
@@ -29,7 +31,7 @@ from clients.wire import pack, unpack
 from dermaflow import storage
 from dermaflow.errors import CheckpointError, FederationError
 from dermaflow.learning.backbones import Network, build
-from dermaflow.learning.linear_head import ClassSums, discriminant_head
+from dermaflow.learning.linear_head import SHRINKAGE, ClassSums, discriminant_head
 from dermaflow.learning.optimisation import Scope
 from dermaflow.schemas.bundle import Calibration, Reference
 from dermaflow.trust.ood import reference_of_sums
@@ -67,7 +69,8 @@ class Coordinator:
             adjusted=plan.loss == "adjusted", norm=plan.norm, keep_moments=plan.keep_moments,
             precision=plan.precision, seed=plan.seed,
             mu=plan.proximal_mu if plan.strategy == "fedprox" else 0.0, resamples=plan.resamples,
-            secure_range=plan.secure_range if plan.secure else 0.0,
+            secure_range=plan.secure_range if plan.secure else 0.0, dp=plan.dp, epsilon=plan.epsilon, delta=plan.delta,
+            noise=plan.noise, clip=plan.clip, sampling=plan.sampling, directions=plan.directions,
         )  # fmt: skip
         self.rounds = read_rounds(self.out)
         self._failed: Callable[[dict[str, str]], None] = lambda reasons: log.warning("no answer: %s", reasons)
@@ -99,10 +102,13 @@ class Coordinator:
                 self._train(scope, first, last)
         storage.write_bytes(self.out / WEIGHTS, save({k: v.numpy() for k, v in self.network.state_dict().items()}))
         sites = self._evaluate()
-        calibration, reference = self._calibrate(calibration_images)
-        storage.write_bytes(self.out / REFERENCE, save({"mean": reference.mean, "whitener": reference.whitener}))
+        calibration = None
+        if self.plan.dp in ("none", "central"):  # otherwise a site calibrates for itself, and no exact sum leaves it
+            calibration, reference = self._calibrate(calibration_images)
+            storage.write_bytes(self.out / REFERENCE, save({"mean": reference.mean, "whitener": reference.whitener}))
         result = {
-            "calibration": calibration.model_dump(mode="json"),
+            "calibration": calibration.model_dump(mode="json") if calibration else None,
+            "privacy": guarantee(self.plan, len(self.rounds)),
             "plan": self.plan.model_dump() | {"recipe": json.loads(self.plan.recipe)},
             "counts": counts, "rounds": self.rounds, "sites": sites, "seconds": time.monotonic() - began,
             "training_sites": sorted(self.training.names.values()),
@@ -163,7 +169,11 @@ class Coordinator:
         sums = [ClassSums(*(array_of(a, name) for name in ("counts", "sums", "products"))) for a in answers]
         total = sum(sums[1:], sums[0])
         even = np.ones(len(total.counts)) if self.order.adjusted else None  # what the adjusted loss trains towards
-        weight, bias = discriminant_head(total, priors=even)
+        if self.plan.dp == "lesion":
+            total, shrinkage = repaired(total), PRIVATE_SHRINKAGE
+        else:
+            shrinkage = SHRINKAGE
+        weight, bias = discriminant_head(total, shrinkage, priors=even)
         with torch.no_grad():
             self.network.head.weight.copy_(torch.from_numpy(weight))
             self.network.head.bias.copy_(torch.from_numpy(np.maximum(bias, -30.0)))
@@ -199,7 +209,7 @@ class Coordinator:
         self.network.load_state_dict(tensors, strict=False)
 
     def _note(self, record: RoundRecord) -> None:
-        losses = ", ".join(f"{name} {figures['loss']:.3f}" for name, figures in sorted(record.sites.items()))
+        losses = ", ".join(f"{name} {of.get('loss', math.nan):.3f}" for name, of in sorted(record.sites.items()))
         log.info("round %d of %d: %.1f s, loss %s", record.round, self.plan.rounds, record.seconds, losses)
         for site, reason in record.failed.items():
             log.warning("round %d: %s left out: %s", record.round, site, reason)

@@ -1,14 +1,14 @@
 """Secure aggregation at a site: keys, shares of secrets, masks, and the arithmetic of sums that are exact.
 
-Bonawitz et al., Practical secure aggregation for privacy-preserving machine learning, CCS 2017, with Flower's primitives
-(ECDH on P-384, Fernet, Shamir). Every two sites agree on a mask that one adds and the other subtracts, so that masks
-cancel in the sum; each site adds one more of its own. Shares of the secrets behind both lie at the other sites: for a site that
-answered they give its own mask, for one that was lost the masks it had with others, never both. Bell et al., CCS 2020
-(SecAgg+) let each site share with a few others only, which pays off from hundreds of sites on; hospitals are tens, so all
-share with all.
+Bonawitz et al., Practical secure aggregation for privacy-preserving machine learning, CCS 2017, with Flower's
+primitives (ECDH on P-384, Fernet, Shamir). Every two sites agree on a mask that one adds and the other subtracts, so
+that masks cancel in the sum; each site adds one more of its own. Shares of the secrets behind both lie at the other
+sites: for a site that answered they give its own mask, for one that was lost the masks it had with others, never both.
+Bell et al., CCS 2020 (SecAgg+) let each site share with a few others only, which pays off from hundreds of sites on;
+hospitals are tens, so all share with all.
 
-Flower's own expansion of masks (`pseudo_rand_gen`) is not used: it folds the 256 bits of a key into 32, few enough to try
-them all. The masks here are the key stream of AES-256 in counter mode.
+Flower's own expansion of masks (`pseudo_rand_gen`) is not used: it folds the 256 bits of a key into 32, few enough to
+try them all. The masks here are the key stream of AES-256 in counter mode.
 """
 
 from __future__ import annotations
@@ -216,8 +216,8 @@ def to_fixed(array: np.ndarray, sites: int, limit: float = 0.0) -> np.ndarray:
         limit: Largest absolute value of numbers that travel as 32 bits; 0 for twice 64 bits, with a limit of `WIDE`.
 
     Returns:
-        uint32 of the array's shape, rounded to `step`; or uint64 with a first axis of two, whole steps and the finer ones of
-        what they leave, which is all that float64 holds. Negative numbers are their two's complement.
+        uint32 of the array's shape, rounded to `step`; or uint64 with a first axis of two, whole steps and the finer
+        ones of what they leave, which is all that float64 holds. Negative numbers are their two's complement.
 
     Raises:
         Refused: A number is beyond the limit, or NaN. Clipping it would falsify the sum without a word.
@@ -244,7 +244,7 @@ def from_fixed(array: np.ndarray, sites: int, limit: float = 0.0) -> np.ndarray:
 
 
 def step(sites: int, limit: float = 0.0) -> float:
-    """What one unit of `to_fixed` is: a power of two where the limit is, small enough that the sum of all sites fits."""
+    """What one unit of `to_fixed` is: a power of two where the limit is one; the sum of all sites fits."""
     room = 2.0 ** math.ceil(math.log2(sites))
     return (limit or WIDE) * room / 2.0 ** (30 if limit else 62)
 

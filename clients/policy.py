@@ -61,8 +61,9 @@ class Policy(BaseModel):
     )
     secure_only: bool = Field(False, description="updates and sums leave only under secure aggregation")
     max_epsilon: float | None = Field(
-        None, gt=0, description="a run must guarantee differential privacy with at most this epsilon"
+        None, gt=0, description="noise of this site's own must guarantee at most this epsilon, over all runs together"
     )
+    delta: float = Field(1e-5, gt=0, lt=1, description="at which max_epsilon is meant")
 
 
 def app_refusal(policy: Policy, sha256: str) -> str | None:
@@ -91,7 +92,7 @@ def refusal(
         scope: What is trained and sent: ``head``, ``last_block`` or ``all``.
         round: The round, from 1; 0 for questions before the first.
         rounds: Rounds of the run.
-        epsilon: Of the run's differential privacy guarantee; None without one.
+        epsilon: Of the guarantee that noise of the site's own gives in the run; None without such noise.
         class_counts: Training images by diagnosis.
         now: Local time at the site.
         secure: Whether the answer is masked, or none that could be.
@@ -206,6 +207,8 @@ min_images_per_class: 0
 # Let updates and sums leave only under secure aggregation, so that the coordinator sees those of all sites together.
 # secure_only: true
 
-# Take part only in runs that guarantee differential privacy with at most this epsilon.
+# Take part only in runs in which this site adds noise of its own (dp=lesion or dp=site), so that all runs together
+# guarantee differential privacy with at most this epsilon at this delta. What is spent lies in state/privacy.json.
 # max_epsilon: 8.0
+# delta: 1.0e-5
 """

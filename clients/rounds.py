@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrim
 from clients.grid import SiteGrid
 from clients.messages import ARRAYS, METRICS, order_record, read_update
 from clients.plan import Order, Plan
+from clients.privacy import next_clip, noised_mean
 from clients.scaffold import CONTROL, Scaffold
 from clients.secure import update_of
 from clients.secure_grid import SecureGrid
@@ -61,7 +62,8 @@ class RoundRecord:
         round: Its number, from 1, over all phases.
         scope: What was trained.
         seconds: From the first message to the new model.
-        sites: Figures of each site that answered: images, loss, seconds, sent and received bytes. Under secure aggregation
+        sites: Figures of each site that answered: images, loss, seconds, sent and received bytes. Under secure
+            aggregation
             the loss is that of all together.
         failed: Sites that did not, and why.
         confusion: int [7, 7] of the model that the round began with, over the answering sites' calibration splits.
@@ -155,18 +157,24 @@ class SiteRounds(Strategy):
             self.record.sites.pop(site, None)
         if len(self.record.sites) < self.plan.min_sites:
             raise FederationError(
-                f"{len(self.record.sites)} sites answered round {self.record.round}; {self.record.failed or 'none failed'}",
+                f"{len(self.record.sites)} sites answered round {self.record.round}; "
+                f"{self.record.failed or 'none failed'}",
                 expected=f"at least {self.plan.min_sites}", todo="look at the sites named, then submit the run again",
             )  # fmt: skip
+        if self.plan.dp == "central":
+            good = [(good[0][0], noised_mean([update for _, update in good], self.order))]
         for reply, update in good:
             arrays = {"weights": Array(self.model.weights + update.delta)}
             if update.control is not None:
                 arrays[CONTROL] = Array(update.control)
-            figures = {"num-examples": update.figures["images"], "loss": update.figures["loss"]}
+            figures = {"num-examples": update.figures["images"]}
             reply.content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord(figures)})
         number = self.record.round - self._origin + 1  # of the phase, also after a restart: optimisers count by it
         found, metrics = self.inner.aggregate_train(number, [reply for reply, _ in good])
         updates = [update for _, update in good]
+        if self.plan.dp in ("site", "central"):
+            cut = float(np.mean([update.figures["clipped"] for update in updates]))
+            self.order = self.order.model_copy(update={"clip": next_clip(self.order.clip, cut)})
         images = [update.figures["images"] for update in updates]
         if found is not None:
             weights = found["weights"].numpy().astype(np.float32)  # Flower's optimisers compute in float64
@@ -255,6 +263,7 @@ class SiteRounds(Strategy):
         arrays = {"weights": self.model.weights, "norm": self.model.norm}
         if self.average is not None:
             arrays |= {"average.weights": self.average.weights, "average.norm": self.average.norm}
+        arrays["clip"] = np.array(self.order.clip)
         for name in _STATE:
             value = getattr(self.inner, name, None)
             if isinstance(value, dict):
@@ -270,6 +279,7 @@ class SiteRounds(Strategy):
         self.model = Model(arrays["weights"], arrays["norm"], self.model.rest)
         if "average.weights" in arrays:
             self.average = Model(arrays["average.weights"], arrays["average.norm"], self.model.rest)
+        self.order = self.order.model_copy(update={"clip": float(arrays["clip"])})
         for name in _STATE:
             value: Any = arrays.get(f"strategy.{name}")
             if value is not None:

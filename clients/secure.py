@@ -1,8 +1,8 @@
 """The site's legs of a secure sum: what comes in Flower's records, what goes out, and what is kept in between.
 
-Four legs: keys, shares, the question itself (a round, sums of features...) with its answer under masks, and the shares that
-take the masks off the sum. What a site keeps between them lies in the run's context, in the memory of its SuperNode and not
-on its disk: a site that restarts in between counts as lost, and the sum is that of the others.
+Four legs: keys, shares, the question itself (a round, sums of features...) with its answer under masks, and the shares
+that take the masks off the sum. What a site keeps between them lies in the run's context, in the memory of its
+SuperNode and not on its disk: a site that restarts in between counts as lost, and the sum is that of the others.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def limit_of(name: str, limit: float) -> float:
 def update_sums(update: Update, order: Order, layouts: Layouts) -> dict[str, np.ndarray]:
     """A site's answer after training as numbers whose sums over sites say everything that is needed.
 
-    Running variances have a range of their own, far beyond that of weights, and travel as second moments times images: with the means
-    these are sums over all sites' images, and nothing is clipped.
+    Running variances have a range of their own, far beyond that of weights, and travel as second moments times images:
+    with the means these are sums over all sites' images, and nothing is clipped.
 
     Args:
         update: What was trained.
@@ -97,6 +97,8 @@ def update_sums(update: Update, order: Order, layouts: Layouts) -> dict[str, np.
     sums = {"delta": update.delta.astype(np.float64) * (images / order.most_images), "norm": moments * images}
     if "loss" in update.figures:
         sums["loss"] = np.array([update.figures["loss"] * images])
+    if "clipped" in update.figures:
+        sums["clipped"] = np.array([update.figures["clipped"] * images])
     if update.confusion is not None:
         sums["confusion"] = update.confusion
     return sums
@@ -115,9 +117,8 @@ def update_of(content: RecordDict, order: Order, layouts: Layouts, images: float
     for (a, b), (c, d) in _statistics(layouts):
         norm[c:d] = np.maximum(norm[c:d] - norm[a:b] ** 2, 0.0)
     confusion = np.rint(arrays["confusion"]).astype(np.int64) if "confusion" in arrays else None
-    figures = {"images": images}
-    if "loss" in arrays:
-        figures["loss"] = float(arrays["loss"][0]) / images
+    means = {name: float(arrays[name][0]) / images for name in ("loss", "clipped") if name in arrays}
+    figures = {"images": images} | means
     delta = arrays["delta"] * (order.most_images / images)
     return Update(delta.astype(np.float32), norm.astype(np.float32), None, figures, confusion)
 
@@ -171,7 +172,7 @@ def _recall(message: Message, context: Context) -> Party:
     if kept is None or kept["sum"] != name:
         raise Refused(f"this site does not know the secure sum {name}: it restarted, or has ended it")
     keys, shares = _pairs(kept, "nodes", "keys"), _pairs(kept, "holders", "shares")
-    return Party(
-        name, _number(kept, "node"), bytes(kept["mask-key"]), bytes(kept["share-key"]),  # type: ignore[arg-type]
-        bytes(kept["seed"]), _number(kept, "threshold"), keys or None, shares or None, bool(kept["masked"]),  # type: ignore[arg-type]
-    )  # fmt: skip
+    mask_key, share_key, seed = (kept[place] for place in ("mask-key", "share-key", "seed"))
+    assert isinstance(mask_key, bytes) and isinstance(share_key, bytes) and isinstance(seed, bytes)
+    node, threshold = _number(kept, "node"), _number(kept, "threshold")
+    return Party(name, node, mask_key, share_key, seed, threshold, keys or None, shares or None, bool(kept["masked"]))

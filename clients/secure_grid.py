@@ -61,7 +61,7 @@ class SecureGrid(SiteGrid):
                     todo="look at the sites named, then submit the run again",
                 )  # fmt: skip
 
-        offered = {node: tuple(record["keys"]) for node, record in leg(KEYS, dict.fromkeys(asked, {})).items()}
+        offered = {node: tuple(record["keys"]) for node, record in leg(KEYS, {node: {} for node in asked}).items()}
         enough(len(offered), "offered keys")
         keys: dict[int, Keys] = {node: (bytes(a), bytes(b)) for node, (a, b) in sorted(offered.items())}
         flat = [key for pair in keys.values() for key in pair]
@@ -76,7 +76,7 @@ class SecureGrid(SiteGrid):
         enough(len(active), "answered")
         lost = set(shared) - set(active)
         roll: dict[str, object] = {"active": sorted(active), "lost": sorted(lost)}
-        revealed = leg(REVEAL, {node: roll for node in active})
+        revealed = leg(REVEAL, dict.fromkeys(active, roll))
         enough(len(revealed), "helped to take off the masks")
         shares: dict[int, list[bytes]] = {node: [] for node in shared}
         for record in revealed.values():
@@ -93,7 +93,7 @@ class SecureGrid(SiteGrid):
 
     def _leg(self, question: Message, kind: str, name: str, content: dict[str, object]) -> Message:
         order = {"order": question.content.config_records[CONFIG]["order"]}
-        record = RecordDict({CONFIG: ConfigRecord(order), SECURE: ConfigRecord({"sum": name, **content})})  # type: ignore[arg-type]
+        record = RecordDict({CONFIG: ConfigRecord(order), SECURE: ConfigRecord({"sum": name} | content)})
         return Message(
             record, dst_node_id=question.metadata.dst_node_id, message_type=kind, group_id=question.metadata.group_id
         )
@@ -108,9 +108,7 @@ class SecureGrid(SiteGrid):
                     sealed[source] = text
         message.content[SECURE] = ConfigRecord({"sum": name, "nodes": list(sealed), "sealed": list(sealed.values())})
 
-    def _add(
-        self, answers: list[Message], reasons: dict[str, str]
-    ) -> tuple[dict[str, np.ndarray], dict[int, Message]]:
+    def _add(self, answers: list[Message], reasons: dict[str, str]) -> tuple[dict[str, np.ndarray], dict[int, Message]]:
         """Sums of the masked arrays; an answer of another form is as good as none."""
         totals: dict[str, np.ndarray] = {}
         active: dict[int, Message] = {}

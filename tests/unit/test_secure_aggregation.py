@@ -93,14 +93,14 @@ def test_a_masked_answer_is_uniform_and_tells_nothing_of_the_update() -> None:
     """Of one update under two maskings, and of two updates under one, nothing alike is left."""
     size = 40_000
     update = {"delta": np.full(size, 0.25)}
-    sent = [list(begun(3)[0].values())[0].mask(whole(update, 3))["delta"] for _ in range(2)]
-    other = list(begun(3)[0].values())[0].mask(whole({"delta": np.full(size, -7.0)}, 3))["delta"]
+    sent = [next(iter(begun(3)[0].values())).mask(whole(update, 3))["delta"] for _ in range(2)]
+    other = next(iter(begun(3)[0].values())).mask(whole({"delta": np.full(size, -7.0)}, 3))["delta"]
     for numbers in (*sent, other, sent[0] - sent[1], sent[0] - other):
         counts = np.histogram(numbers, bins=64, range=(0, 2**32))[0]
         assert ((counts - size / 64) ** 2 / (size / 64)).sum() < 130  # chi-square of 63 degrees: 1 in 10^6 is above
         assert len(np.unique(numbers)) > 0.99 * size
     noise = np.random.default_rng(0).normal(size=size)
-    varied = list(begun(3)[0].values())[0].mask(whole({"delta": noise}, 3))["delta"]
+    varied = next(iter(begun(3)[0].values())).mask(whole({"delta": noise}, 3))["delta"]
     assert abs(np.corrcoef(varied.view(np.int32), noise)[0, 1]) < 0.03
 
 
