@@ -138,6 +138,31 @@ def register(
 
 @app.command()
 @command
+def attack(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or of a model.")],
+    shards: Annotated[str, typer.Option(help="Shards that it was trained from.")],
+    resamples: Annotated[int, typer.Option(min=1, help="Of the lesions, for the intervals.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+) -> None:
+    """Try to tell from the model which images it was trained on: area 0.5 is guessing, 1 is certainty.
+
+    Example: dermaflow federate attack runs/federated --shards runs/shards
+    """
+    from clients.result import MODEL
+    from dermaflow.evaluation.membership import attack_model
+
+    model = run / MODEL if (run / MODEL).is_dir() else run
+    with bars() as progress:
+        found = attack_model(str(model), shards, seed, resamples, progress)
+    rows = []
+    for name, one in found.items():
+        interval = f"{one.low:.3f} to {one.high:.3f}" if one.low is not None else f"({one.reason})"
+        rows.append([name, f"{one.value:.3f}", interval])
+    print_table("membership inference: training split against test split", ["attack", "AUC", "95 %"], rows)
+
+
+@app.command()
+@command
 def show(out: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Rounds of a run so far, as JSON lines."""
     from clients.coordinator import read_rounds
