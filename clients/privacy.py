@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.special import softmax
 
 from clients.accountant import Ledger, Release, epsilon, noise_for
@@ -148,21 +149,48 @@ def private_round(site: Site, order: Order, model: Model, budget: Budget) -> Upd
     rate, steps = _schedule(order)
     budget.spend(order, f"round {order.round}", noise, rate, steps)
     head = {name: tensor.double().numpy() for name, tensor in unpack(model.weights, layouts.weights).items()}
-    weight, bias = head["head.weight"], head["head.bias"]
-    shift = np.log(np.maximum(counts, 1.0) / np.maximum(counts, 1.0).sum()) if order.adjusted else np.zeros(len(CODES))
-    rng = np.random.default_rng()
-    speed = np.zeros((len(CODES), features.shape[1] + 1))
+    both = np.concatenate([head["head.weight"], head["head.bias"][:, None]], axis=1)
+    shift = log_priors(counts) if order.adjusted else np.zeros(len(CODES))
+    step = order.recipe.optim.head_lr * order.rate / (rate * total)
+    both = noisy_descent(both, features, labels, shift, order.clip, noise, rate, steps, step)
+    return Update(_changed(order, model, both), model.norm, None, {"images": total, "seconds": 0.0}, None)
+
+
+def log_priors(counts: np.ndarray) -> np.ndarray:
+    """Logarithms of class frequencies, float64 [7]; a class without a lesion counts as having one."""
+    found: np.ndarray = np.log(np.maximum(counts, 1.0) / np.maximum(counts, 1.0).sum())
+    return found
+
+
+def noisy_descent(
+    head: np.ndarray, features: np.ndarray, labels: np.ndarray, shift: np.ndarray, clip: float, noise: float,
+    rate: float, steps: int, step: float,
+) -> np.ndarray:  # fmt: skip
+    """Gradient descent with momentum on a head, each lesion's gradient cut and their sum noised.
+
+    Args:
+        head: float64 [7, D + 1], weights and bias.
+        features: float64 [L, D], one row a lesion.
+        labels: int [L].
+        shift: [7], added to the logits while training.
+        clip: Length of a lesion's gradient.
+        noise: Standard deviation over `clip`.
+        rate: Chance of a lesion to be in a step.
+        steps: Their number.
+        step: Learning rate over the expected number of lesions in a step.
+
+    Returns:
+        The new head.
+    """
+    rng, speed = np.random.default_rng(), np.zeros_like(head)
     for _ in range(steps):
         drawn = rng.random(len(labels)) < rate
-        p = softmax(features[drawn] @ weight.T + bias + shift, axis=1)
-        gradient = clipped_sum(features[drawn], p - np.eye(len(CODES))[labels[drawn]], order.clip)
-        gradient += rng.normal(0.0, noise * order.clip, gradient.shape)
-        speed = MOMENTUM * speed + gradient / (rate * total)
-        weight, bias = (
-            weight - order.recipe.optim.head_lr * order.rate * speed[:, :-1],
-            bias - order.recipe.optim.head_lr * order.rate * speed[:, -1],
-        )
-    return Update(_changed(site, order, model, weight, bias), model.norm, None, {"images": total, "seconds": 0.0}, None)
+        p = softmax(features[drawn] @ head[:, :-1].T + head[:, -1] + shift, axis=1)
+        gradient = clipped_sum(features[drawn], p - np.eye(len(CODES))[labels[drawn]], clip)
+        gradient += rng.normal(0.0, noise * clip, gradient.shape)
+        speed = MOMENTUM * speed + gradient
+        head = head - step * speed
+    return head
 
 
 def clipped_sum(features: np.ndarray, errors: np.ndarray, clip: float) -> np.ndarray:
@@ -277,8 +305,6 @@ def _features(site: Site, order: Order, model: Model) -> np.ndarray:
     return kept["features"]
 
 
-def _changed(site: Site, order: Order, model: Model, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    import torch
-
-    tensors = {"head.weight": torch.from_numpy(weight), "head.bias": torch.from_numpy(bias)}
+def _changed(order: Order, model: Model, head: np.ndarray) -> np.ndarray:
+    tensors = {"head.weight": torch.from_numpy(head[:, :-1]), "head.bias": torch.from_numpy(head[:, -1])}
     return pack(tensors, Layouts.of(order).weights) - model.weights
