@@ -127,12 +127,13 @@ def from_rounds(sites: list[Site], epsilon: float, options: argparse.Namespace) 
         noise = noise_for(epsilon, DELTA, ((COUNTS_NOISE, 1.0, 1), (1.0, RATE, STEPS * ROUNDS)))
     counts = [noised_counts(labels, noise) for _, labels in sites]
     share = [max(of_site.sum(), 1.0) for of_site in counts]
+    shift = log_priors(sum(counts, np.zeros(7)))
     head = np.zeros((7, sites[0][0].shape[1] + 1))
     for number in range(ROUNDS):
         pace = options.lr * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * number / ROUNDS)))
         moved = [
-            noisy_descent(head, *site, log_priors(c), options.rounds_clip, noise, RATE, STEPS, pace / (RATE * n))
-            for site, c, n in zip(sites, counts, share, strict=True)
+            noisy_descent(head, *site, shift, options.rounds_clip, noise, RATE, STEPS, pace / (RATE * n))
+            for site, n in zip(sites, share, strict=True)
         ]
         head = sum(n * m for n, m in zip(share, moved, strict=True)) / sum(share)
     return head[:, :-1], head[:, -1]

@@ -150,7 +150,9 @@ def private_round(site: Site, order: Order, model: Model, budget: Budget) -> Upd
     budget.spend(order, f"round {order.round}", noise, rate, steps)
     head = {name: tensor.double().numpy() for name, tensor in unpack(model.weights, layouts.weights).items()}
     both = np.concatenate([head["head.weight"], head["head.bias"][:, None]], axis=1)
-    shift = log_priors(counts) if order.adjusted else np.zeros(len(CODES))
+    # those of all sites: with its own, a site would not hold down the classes that it lacks
+    of_all = np.array(order.counts, np.float64) if order.counts else counts
+    shift = log_priors(of_all) if order.adjusted else np.zeros(len(CODES))
     step = order.recipe.optim.head_lr * order.rate / (rate * total)
     both = noisy_descent(both, features, labels, shift, order.clip, noise, rate, steps, step)
     return Update(_changed(order, model, both), model.norm, None, {"images": total, "seconds": 0.0}, None)
