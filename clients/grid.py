@@ -25,6 +25,9 @@ class SiteGrid(Grid):
         quorum: Share of the answers after which only `grace` is waited.
         grace: Seconds.
         failed: Called with the names of the sites that failed or were late, and why.
+
+    Attributes:
+        answered: Sites whose answers are in what came last.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class SiteGrid(Grid):
     ) -> None:  # fmt: skip
         self._grid, self.names = grid, names
         self._quorum, self._grace, self._failed = quorum, grace, failed
+        self.answered: list[str] = []
 
     def set_run(self, run: Run) -> None:
         """Not ours to change."""
@@ -68,9 +72,16 @@ class SiteGrid(Grid):
 
         A site that failed or is late is named to `failed`; its error is not among the answers.
         """
-        messages = list(messages)
+        answers, reasons = self.exchange(list(messages), timeout)
+        self.answered = [self.names.get(answer.metadata.src_node_id, "?") for answer in answers]
+        if reasons:
+            self._failed(reasons)
+        return answers
+
+    def exchange(self, messages: list[Message], timeout: float | None) -> tuple[list[Message], dict[str, str]]:
+        """As `send_and_receive`, and gives the sites that failed or are late, and why."""
         if not messages:
-            return []
+            return [], {}
         ids = list(self._grid.push_messages(messages))
         site = {
             number: self.names.get(message.metadata.dst_node_id, "?")
@@ -93,9 +104,7 @@ class SiteGrid(Grid):
             if waiting:
                 time.sleep(POLL)
         reasons |= {site[number]: "no answer in time" for number in waiting}
-        if reasons:
-            self._failed(reasons)
-        return answers
+        return answers, reasons
 
     def wait(self, timeout: float, least: int) -> None:
         """Wait until every site is online, or until the time is over and enough are.
