@@ -279,7 +279,7 @@ def test_deployments_forms_schedules_and_automations_are_on_the_server(server: S
         assert form["properties"], name
         for field, facts in form["properties"].items():
             assert facts.get("description") and ("type" in facts or "anyOf" in facts), (name, field)
-        assert set(form.get("required", ())) <= set(deployment["parameters"]) or name.startswith("federate"), name
+        assert set(form.get("required", ())) <= set(deployment["parameters"]), name
     margin = found["lifecycle/retrain"]["parameter_openapi_schema"]["properties"]["melanoma_sensitivity_margin"]
     assert (margin["type"], margin["minimum"], margin["maximum"], margin["default"]) == ("number", -1, 1, 0.05)
     refused = server.api.post(
