@@ -10,7 +10,6 @@ noise; the interval is of a bootstrap over test lesions, of the mean over repeti
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +17,25 @@ import pandas as pd
 from rounds import machine
 from safetensors.numpy import load_file, save_file
 
-from clients.accountant import noise_for
-from clients.privacy import COUNTS_NOISE, PRIVATE_SHRINKAGE, log_priors, noisy_descent, noisy_sums, repaired
+from clients.privacy import (
+    PRIVATE_SHRINKAGE,
+    REACH,
+    SMALL,
+    lesion_noise,
+    noisy_counts,
+    noisy_sum,
+    noisy_sums,
+    private_head,
+)
 from clients.site_data import SiteData
 from dermaflow.evaluation.intervals import lesion_weights
 from dermaflow.evaluation.membership import Part, attack
 from dermaflow.learning.backbones import build
 from dermaflow.learning.inference import predict
-from dermaflow.learning.linear_head import SHRINKAGE, ClassSums, class_sums, discriminant_head
+from dermaflow.learning.linear_head import ClassSums, class_sums, discriminant_head
 from dermaflow.learning.recipe import load_recipe
 
-DELTA, RATE, STEPS, ROUNDS = 1e-5, 0.2, 5, 10
+DELTA = 1e-5
 Site = tuple[np.ndarray, np.ndarray]
 """Features [L, D] of a site's training lesions, and their classes."""
 
@@ -42,11 +49,9 @@ def main() -> None:
     parser.add_argument("--split", choices=["calibration", "test"], default="test", help="calibration: to choose by")
     parser.add_argument("--epsilons", default="inf,16,8,4,2,1")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sums-clip", type=float, default=4.0)
-    parser.add_argument("--directions", type=int, default=64)
+    parser.add_argument("--clip", type=float, default=9.0)
+    parser.add_argument("--directions", type=int, default=128)
     parser.add_argument("--shrinkage", type=float, default=PRIVATE_SHRINKAGE)
-    parser.add_argument("--rounds-clip", type=float, default=4.0)
-    parser.add_argument("--lr", type=float, default=0.02)
     options = parser.parse_args()
     print(machine())
     train, other = (features_of(options, split) for split in ("train", options.split))
@@ -55,19 +60,12 @@ def main() -> None:
     print(f"length of a feature: median {np.median(np.linalg.norm(train['features'], axis=1)):.1f}")
     weights = lesion_weights(other["lesions"], 1000, np.random.default_rng(0))
     exact = sum((class_sums(*site) for site in sites[1:]), class_sums(*sites[0]))
-    head = discriminant_head(exact, SHRINKAGE, np.ones(7))
+    head = discriminant_head(exact, priors=np.ones(7))
     print(f"\nwithout noise, all {exact.products.shape[0]} directions: {row([head], other, train, weights)}")
-    learners: dict[str, Callable[[float], tuple[np.ndarray, np.ndarray]]] = {
-        "sums": lambda epsilon: from_sums(sites, epsilon, options),
-        "rounds": lambda epsilon: from_rounds(sites, epsilon, options),
-    }
-    for name, learn in learners.items():
-        print(
-            f"\n| {name}: epsilon | balanced accuracy | attack by loss | attack by loss of its class |\n|---|---|---|---|"
-        )
-        for text in options.epsilons.split(","):
-            heads = [learn(float(text)) for _ in range(options.repeats)]
-            print(f"| {text} {row(heads, other, train, weights)}", flush=True)
+    print("\n| epsilon | balanced accuracy | attack by loss | attack by loss of its class |\n|---|---|---|---|")
+    for text in options.epsilons.split(","):
+        heads = [from_sums(sites, float(text), options) for _ in range(options.repeats)]
+        print(f"| {text} {row(heads, other, train, weights)}", flush=True)
 
 
 def features_of(options: argparse.Namespace, split: str) -> dict[str, np.ndarray]:
@@ -102,41 +100,17 @@ def lesions_of(train: dict[str, np.ndarray]) -> list[Site]:
     return found
 
 
-def noised_counts(labels: np.ndarray, noise: float) -> np.ndarray:
-    """Of each class, as a site tells them."""
-    drawn = np.bincount(labels, minlength=7) + np.random.default_rng().normal(0, COUNTS_NOISE * noise, 7)
-    return np.maximum(np.rint(drawn), 0.0)
-
-
 def from_sums(sites: list[Site], epsilon: float, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """A head from noised sums of each site."""
-    noise = 1e-9
-    if np.isfinite(epsilon):
-        noise = noise_for(epsilon, DELTA, ((COUNTS_NOISE, 1.0, 1), (1.0, 1.0, 1)))
+    """A head as the coordinator makes it, from noised counts, centres and sums of each site."""
+    noise = lesion_noise(epsilon, DELTA) if np.isfinite(epsilon) else 1e-9
+    counts = [noisy_counts(labels, SMALL * noise) for _, labels in sites]
+    whole = sum(noisy_sum(features, REACH * options.clip, SMALL * noise) for features, _ in sites)
+    centre = whole / np.sum(counts)
     parts = []
-    for features, labels in sites:
-        sums = noisy_sums(features, labels, options.sums_clip, options.directions, noise, 0)
-        parts.append(ClassSums(noised_counts(labels, noise), sums.sums, sums.products))
-    return discriminant_head(repaired(sum(parts[1:], parts[0])), options.shrinkage, np.ones(7))
-
-
-def from_rounds(sites: list[Site], epsilon: float, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """A head from rounds of DP-SGD at each site, averaged by their lesions."""
-    noise = 0.0
-    if np.isfinite(epsilon):
-        noise = noise_for(epsilon, DELTA, ((COUNTS_NOISE, 1.0, 1), (1.0, RATE, STEPS * ROUNDS)))
-    counts = [noised_counts(labels, noise) for _, labels in sites]
-    share = [max(of_site.sum(), 1.0) for of_site in counts]
-    shift = log_priors(sum(counts, np.zeros(7)))
-    head = np.zeros((7, sites[0][0].shape[1] + 1))
-    for number in range(ROUNDS):
-        pace = options.lr * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * number / ROUNDS)))
-        moved = [
-            noisy_descent(head, *site, shift, options.rounds_clip, noise, RATE, STEPS, pace / (RATE * n))
-            for site, n in zip(sites, share, strict=True)
-        ]
-        head = sum(n * m for n, m in zip(share, moved, strict=True)) / sum(share)
-    return head[:, :-1], head[:, -1]
+    for (features, labels), of_site in zip(sites, counts, strict=True):
+        sums = noisy_sums(features - centre, labels, options.clip, options.directions, noise, 0)
+        parts.append(ClassSums(of_site, sums.sums, sums.products))
+    return private_head(sum(parts[1:], parts[0]), centre, np.ones(7), options.shrinkage)
 
 
 def row(

@@ -1,8 +1,8 @@
 """What a site has spent of its privacy: every release with noise, over all runs, on the site's own disk.
 
-The sums are Opacus' Rényi accountant's (Mironov 2017; subsampled as in Mironov, Talwar, Zhang 2019). A lesion of the
-site is in every run, so releases of all runs add up. A release is written down before it is made: a crash in between
-costs budget and never hides a release.
+The sums are those of Opacus' Rényi accountant (Mironov, CSF 2017, arXiv 1702.07476). A lesion of the site is in every
+run, so releases of all runs add up. A release is written down before it is made: a crash in between costs budget and
+never hides a release.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LedgerError(DermaflowError):
 
 
 class Release(BaseModel):
-    """Gaussian noise on sums over a random part of a site's units, some times."""
+    """Gaussian noise on sums over a site's units, some times."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,7 +37,6 @@ class Release(BaseModel):
     what: str
     unit: Literal["lesion", "site"]
     noise: float = Field(gt=0, description="Standard deviation over the most that one unit can change.")
-    rate: float = Field(1.0, gt=0, le=1, description="Chance of each unit to be in a step.")
     steps: int = Field(1, ge=1)
 
 
@@ -95,27 +94,23 @@ def epsilon(releases: list[Release], delta: float) -> float:
     from opacus.accountants import RDPAccountant  # takes seconds to import
 
     accountant = RDPAccountant()
-    accountant.history = [(release.noise, release.rate, release.steps) for release in releases]
+    accountant.history = [(release.noise, 1.0, release.steps) for release in releases]
     with_nan = accountant.get_epsilon(delta, alphas=ALPHAS) if releases else 0.0
     return with_nan if math.isfinite(with_nan) else math.inf
 
 
 @lru_cache
-def noise_for(target: float, delta: float, parts: tuple[tuple[float, float, int], ...]) -> float:
+def noise_for(target: float, delta: float, parts: tuple[float, ...]) -> float:
     """The smallest noise, to 1 %, with which some releases together stay within an epsilon.
 
     Args:
         target: Epsilon.
         delta: Of the guarantee.
-        parts: Of each release: its noise in units of what is returned, its rate and its steps.
+        parts: Of each release: its noise in units of what is returned.
     """
 
     def spent(noise: float) -> float:
-        every = [
-            Release(run="", what="", unit="lesion", noise=noise * factor, rate=rate, steps=steps)
-            for factor, rate, steps in parts
-        ]
-        return epsilon(every, delta)
+        return epsilon([Release(run="", what="", unit="lesion", noise=noise * part) for part in parts], delta)
 
     low, high = 0.0, 0.5
     while spent(high) > target:

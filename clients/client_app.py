@@ -33,11 +33,11 @@ FOLDER = "site-folder"
 def train(message: Message, context: Context) -> Message:
     """A round: new weights less the old, from the site's training split."""
     order, site, model, layouts = _read(message, context)
-    budget = _budget(site, context)
-    private = order.dp == "lesion"
-    update = privacy.private_round(site, order, model, budget) if private else site.train(order, model)
+    if order.dp == "lesion":
+        raise Refused("rounds do not go with dp=lesion")
+    update = site.train(order, model)
     if order.dp == "site":
-        update = privacy.noised_update(update, order, budget)
+        update = privacy.noised_update(update, order, _budget(site, context))
     if secure.is_secure(message):
         arrays = secure.update_sums(update, order, layouts)
         figures = {name: update.figures[name] for name in ("images", "seconds")}
@@ -60,7 +60,8 @@ def class_sums(message: Message, context: Context) -> Message:
     """Class-wise sums of the frozen backbone's features over the training split."""
     order, site, model, _ = _read(message, context)
     if order.dp == "lesion":
-        sums = privacy.private_sums(site, order, model, _budget(site, context))
+        known = array_of(message, "centre")
+        sums = privacy.private_sums(site, order, model, known, _budget(site, context))
         return _answer_sums(message, context, order, site, _arrays(sums))
     _exact(order)
     return _answer_sums(message, context, order, site, _arrays(site.class_sums(order, model)))
@@ -72,6 +73,18 @@ def scale_losses(message: Message, context: Context) -> Message:
     order, site, model, _ = _read(message, context)
     _exact(order)
     return _answer_sums(message, context, order, site, {"losses": site.scale_losses(order, model)})
+
+
+@app.query("centre")
+def centre(message: Message, context: Context) -> Message:
+    """Sum of all lesions' features under noise, by which those of `class_sums` are centred."""
+    order, site, model, _ = _read(message, context)
+    if order.dp != "lesion":
+        raise Refused("a centre is for dp=lesion")
+    arrays = {"sum": privacy.centre_sum(site, order, model, _budget(site, context))}
+    if secure.is_secure(message):
+        return _masked_answer(message, context, order, site, arrays, {})
+    return _answer(message, site, {name: Array(array) for name, array in arrays.items()})
 
 
 @app.query("scaling_sums")

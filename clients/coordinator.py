@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save
 from clients.grid import SiteGrid
 from clients.messages import CONFIG, array_of, content_bytes, order_record
 from clients.plan import Order, Plan
-from clients.privacy import PRIVATE_SHRINKAGE, guarantee, repaired
+from clients.privacy import guarantee, private_head
 from clients.rounds import RoundRecord, SiteRounds
 from clients.secure_grid import SecureGrid
 from clients.site import Layouts, Model
@@ -32,7 +32,7 @@ from clients.wire import pack, unpack
 from dermaflow import monitoring, storage
 from dermaflow.errors import CheckpointError, FederationError
 from dermaflow.learning.backbones import Network, build
-from dermaflow.learning.linear_head import ABSENT, SCALES, SHRINKAGE, ClassSums, discriminant_head
+from dermaflow.learning.linear_head import ABSENT, SCALES, ClassSums, discriminant_head
 from dermaflow.learning.optimisation import Scope
 from dermaflow.learning.train import versions
 from dermaflow.schemas.bundle import Calibration, Reference
@@ -74,7 +74,7 @@ class Coordinator:
             precision=plan.precision, seed=plan.seed,
             mu=plan.proximal_mu if plan.strategy == "fedprox" else 0.0, resamples=plan.resamples,
             secure_range=plan.secure_range if plan.secure else 0.0, dp=plan.dp, epsilon=plan.epsilon, delta=plan.delta,
-            noise=plan.noise, clip=plan.clip, sampling=plan.sampling, directions=plan.directions,
+            noise=plan.noise, clip=plan.clip, directions=plan.directions,
         )  # fmt: skip
         self.rounds = read_rounds(self.out)
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -100,7 +100,7 @@ class Coordinator:
         if self.plan.weights_of == "all":
             self.order = self.order.model_copy(update={"counts": np.sum(list(counts.values()), axis=0).tolist()})
         if self.plan.head == "statistics" and not self.rounds:
-            self._statistics_head()
+            self._statistics_head(counts)
         scopes: list[tuple[Scope, int, int]] = [
             ("head", 1, self.plan.head_rounds), (self.plan.scope, self.plan.head_rounds + 1, self.plan.rounds)
         ]  # fmt: skip
@@ -179,18 +179,21 @@ class Coordinator:
         pieces = [pack(tensors, layout) for layout in (layouts.weights, layouts.norm, layouts.rest)]
         return Model(pieces[0], pieces[1], pieces[2]), layouts
 
-    def _statistics_head(self) -> None:
+    def _statistics_head(self, counts: dict[str, list[int]]) -> None:
         """A head from the sums of all sites: linear discriminant analysis on the frozen backbone's features."""
         order = self.order.model_copy(update={"scope": "head"})
-        answers = self._ask(self.training, "class_sums", self._model(order)[0], order)
+        private, more = self.plan.dp == "lesion", {}
+        if private:
+            answers = self._ask(self.training, "centre", self._model(order)[0], order)
+            self._enough("centre")
+            lesions = max(float(np.sum(list(counts.values()))), 1.0)
+            more["centre"] = np.sum([array_of(answer, "sum") for answer in answers], axis=0) / lesions
+        answers = self._ask(self.training, "class_sums", self._model(order)[0], order, **more)
         self._enough("class_sums")
         sums = [ClassSums(*(array_of(a, name) for name in ("counts", "sums", "products"))) for a in answers]
         total = sum(sums[1:], sums[0])
         even = np.ones(len(total.counts)) if self.order.adjusted else None  # what the adjusted loss trains towards
-        private = self.plan.dp == "lesion"
-        if private:
-            total = repaired(total)
-        weight, bias = discriminant_head(total, PRIVATE_SHRINKAGE if private else SHRINKAGE, priors=even)
+        weight, bias = private_head(total, more["centre"], even) if private else discriminant_head(total, priors=even)
         self._put_head(weight, bias)
         scale = 1.0
         if not private:  # the sums for a scale are exact

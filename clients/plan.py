@@ -86,11 +86,9 @@ class Plan(BaseModel):
     clip: float = Field(
         1.0,
         gt=0,
-        description="Length to which are cut: lesion, projected features for sums and gradients in rounds; site and "
-        "central, the updates of the first round.",
+        description="Length to which are cut: lesion, centred features; site and central, updates of the first round.",
     )
-    sampling: float = Field(0.1, gt=0, le=1, description="dp=lesion: chance of a lesion to be in a step of DP-SGD.")
-    directions: int = Field(64, ge=2, description="dp=lesion: random directions to which sums project features.")
+    directions: int = Field(128, ge=2, description="dp=lesion: random directions to which sums project features.")
     seed: int = Field(0, ge=0, lt=2**31)
     resamples: int = Field(1000, ge=1, description="Lesion resamples of each site for the intervals.")
     name: str = Field(
@@ -125,10 +123,9 @@ class Plan(BaseModel):
             return self
         if self.strategy not in ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi"):
             raise ValueError(f"strategy {self.strategy} does not go with dp={self.dp}; use fedavg or one of its kin")
-        if self.dp == "lesion" and (self.scope != "head" or (self.head == "statistics") == (self.rounds > 0)):
+        if self.dp == "lesion" and (self.scope != "head" or self.head != "statistics" or self.rounds):
             raise ValueError(
-                "dp=lesion is for the head on a frozen backbone, learnt from sums or in rounds; use scope=head with "
-                "head=statistics and rounds=0, or with head=new"
+                "dp=lesion is for the head from sums on a frozen backbone; use scope=head, head=statistics and rounds=0"
             )
         if self.dp != "lesion" and self.head == "statistics":
             raise ValueError(f"dp={self.dp} is for updates; sums of features go with dp=lesion")
@@ -198,7 +195,6 @@ class Order(BaseModel):
     delta: float = 1e-5
     noise: float = 1.0
     clip: float = 1.0
-    sampling: float = 0.1
-    directions: int = 64
+    directions: int = 128
     seed: int = 0
     resamples: int = 0

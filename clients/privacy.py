@@ -1,19 +1,17 @@
-"""Differential privacy of a lesion: what a site releases when the run promises an epsilon for each of its lesions.
+"""Differential privacy in federated runs: what a site or the coordinator releases, and under how much noise.
 
-Neighbours are a site's training splits with and without one lesion, all its images and their diagnosis. The backbone is
-frozen and came from elsewhere, so only the head learns from lesions, in one of two ways:
+A lesion (``dp=lesion``): neighbours are a site's training splits with and without one lesion, all its images and its
+diagnosis. The backbone is frozen and came from elsewhere, so only the head learns from lesions, from sums under
+Gaussian noise (sufficient statistics perturbation; Vu and Slavkovic 2009, Wang 2018, arXiv 1803.02596): how many
+lesions of each class, the sum of their features, by which they are centred, then sums by class and a sum of outer
+products of centred features in a few random directions. Features are means over a lesion's images and are cut to a
+length. Batch normalisation never comes in: a frozen backbone has fixed statistics. A site adds its noise itself and
+trusts nobody.
 
-- from sums, once: each lesion's mean feature, projected to a few directions that are drawn at random and known to all,
-  and
-  clipped to a length, enters sums by class and a sum of outer products, both under Gaussian noise (sufficient
-  statistics perturbation; Vu and Slavkovic 2009, Wang 2018, arXiv 1803.02596);
-- by rounds of DP-SGD (Abadi et al., CCS 2016, arXiv 1607.00133): the gradient of a linear head for one lesion is an
-  outer
-  product, so it needs no hooks into a network.
+A site (``dp=site``, ``dp=central``): its update is cut and noised as a whole.
 
-Batch normalisation never comes in: a frozen backbone has fixed statistics. A site adds its noise itself and trusts
-nobody. Noise is drawn from a generator seeded by the operating system, in float64; it is not hardened against attacks
-on the arithmetic of floating-point noise (Mironov, CCS 2012).
+Noise is drawn from a generator seeded by the operating system, in float64; it is not hardened against attacks on the
+arithmetic of floating-point noise (Mironov, CCS 2012).
 """
 
 from __future__ import annotations
@@ -24,24 +22,22 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy.special import softmax
 
 from clients.accountant import Ledger, Release, epsilon, noise_for
 from clients.plan import Order, Plan
-from clients.site import Layouts, Model, Site, Update
-from clients.wire import pack, unpack
+from clients.site import Model, Site, Update
 from dermaflow.errors import DataError
-from dermaflow.learning.linear_head import ClassSums, class_sums
+from dermaflow.learning.linear_head import ClassSums, class_sums, discriminant_head
 from dermaflow.taxonomy import CODES
 
-COUNTS_NOISE = 4.0
-"""Noise of the counts over that of sums and steps: counts only set priors, and cost 3 % more noise of the rest."""
+SMALL = 4.0
+"""Noise of counts and centre over that of the class sums: coarse is enough, and the sums get 6 % more noise."""
+REACH = 2.0
+"""Length to which features are cut for the centre, over that of centred ones."""
 PRODUCTS = 0.5
 """Share of the products' length in a lesion's contribution, next to 1 of its feature's."""
-PRIVATE_SHRINKAGE = 0.9
+PRIVATE_SHRINKAGE = 0.99
 """Of the discriminant head from noisy sums; the sphere has all directions of the features, not the projected alone."""
-MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -58,39 +54,71 @@ class Budget:
     delta: float
     limit: float | None
 
-    def spend(self, order: Order, what: str, noise: float, rate: float = 1.0, steps: int = 1) -> None:
+    def spend(self, order: Order, what: str, noise: float) -> None:
         """Write a release down that is about to be made; raises `Refused` past the limit."""
         unit: Literal["lesion", "site"] = "site" if order.dp == "site" else "lesion"
-        release = Release(run=order.run, what=what, unit=unit, noise=noise, rate=rate, steps=steps)
-        self.ledger.spend(release, self.delta, self.limit)
+        self.ledger.spend(Release(run=order.run, what=what, unit=unit, noise=noise), self.delta, self.limit)
 
 
 def lesion_counts(site: Site, order: Order, budget: Budget) -> np.ndarray:
     """Lesions of each class in the training split under noise, float64 [7]; the same however often asked."""
     kept = site.memory.recall("lesion_counts")
     if kept is None:
-        rate, steps = _schedule(order)
-        parts = ((COUNTS_NOISE, 1.0, 1), (1.0, rate, max(steps * order.rounds, 1)))
-        noise = noise_for(order.epsilon, order.delta, parts)
-        budget.spend(order, "counts", noise * COUNTS_NOISE)
-        counts = np.bincount(_lesions(site)[1], minlength=len(CODES))
-        drawn = counts + np.random.default_rng().normal(0.0, noise * COUNTS_NOISE, len(CODES))
-        kept = {"counts": np.maximum(np.rint(drawn), 0.0), "noise": np.array([noise])}
+        noise = SMALL * lesion_noise(order.epsilon, order.delta)
+        budget.spend(order, "counts", noise)
+        kept = {"counts": noisy_counts(_lesions(site)[1], noise)}
         site.memory.keep("lesion_counts", **kept)
     return kept["counts"]
 
 
-def private_sums(site: Site, order: Order, model: Model, budget: Budget) -> ClassSums:
-    """Sums of the training split under noise, for `repaired`; the same however often asked."""
+def lesion_noise(epsilon: float, delta: float) -> float:
+    """Noise of class sums with which they, counts and centre together cost an epsilon."""
+    return noise_for(epsilon, delta, (SMALL, SMALL, 1.0))
+
+
+def centre_sum(site: Site, order: Order, model: Model, budget: Budget) -> np.ndarray:
+    """Sum of the lesions' features under noise, float64 [D]; the same however often asked."""
+    kept = site.memory.recall("centre")
+    if kept is None:
+        features = _features(site, order, model)
+        noise = SMALL * lesion_noise(order.epsilon, order.delta)
+        budget.spend(order, "centre", noise)
+        kept = {"sum": noisy_sum(features, REACH * order.clip, noise)}
+        site.memory.keep("centre", **kept)
+    return kept["sum"]
+
+
+def private_sums(site: Site, order: Order, model: Model, centre: np.ndarray, budget: Budget) -> ClassSums:
+    """Sums of centred features under noise, for `repaired`; the same however often asked.
+
+    Args:
+        site: Whose lesions.
+        order: Clip, directions, epsilon.
+        model: The backbone.
+        centre: float [D], to be subtracted, known to all.
+        budget: What they are charged to.
+    """
     kept = site.memory.recall("private_sums")
     if kept is None:
-        counts, noise = lesion_counts(site, order, budget), _noise(site)
-        features = _features(site, order, model)
+        counts, features = lesion_counts(site, order, budget), _features(site, order, model)
+        noise = lesion_noise(order.epsilon, order.delta)
         budget.spend(order, "sums of features", noise)
-        sums = noisy_sums(features, _lesions(site)[1], order.clip, order.directions, noise, order.seed)
+        sums = noisy_sums(features - centre, _lesions(site)[1], order.clip, order.directions, noise, order.seed)
         kept = {"counts": counts, "sums": sums.sums, "products": sums.products}
         site.memory.keep("private_sums", **kept)
     return ClassSums(kept["counts"], kept["sums"], kept["products"])
+
+
+def noisy_counts(labels: np.ndarray, noise: float) -> np.ndarray:
+    """Lesions of each class, float64 [7], whole and at least 0, of int [L] classes."""
+    drawn = np.bincount(labels, minlength=len(CODES)) + np.random.default_rng().normal(0.0, noise, len(CODES))
+    return np.maximum(np.rint(drawn), 0.0)
+
+
+def noisy_sum(features: np.ndarray, clip: float, noise: float) -> np.ndarray:
+    """Sum [D] of features [L, D], each cut to the length `clip`, under noise of `noise` times that."""
+    found: np.ndarray = _cut(features, clip).sum(0)
+    return found + np.random.default_rng().normal(0.0, noise * clip, found.shape)
 
 
 def noisy_sums(
@@ -101,15 +129,14 @@ def noisy_sums(
     Args:
         features: float [L, D], one row a lesion.
         labels: int [L].
-        clip: Length to which projected features are cut.
+        clip: Length to which features are cut, measured in all directions: projected ones keep their share of it.
         directions: To project to.
         noise: Standard deviation over the length of what one lesion adds to sums and products together.
         seed: Of the directions, the same at every site.
     """
     rng, onto = np.random.default_rng(), projection(features.shape[1], directions, seed)
-    short = features @ onto.T
-    short = short * np.minimum(1.0, clip / np.maximum(np.linalg.norm(short, axis=1, keepdims=True), 1e-12))
-    exact = class_sums(short, labels)
+    clip = clip * np.sqrt(len(onto) / features.shape[1])
+    exact = class_sums(_cut(features @ onto.T, clip), labels)
     sd = noise * np.sqrt(1.0 + PRODUCTS**2)  # one lesion adds at most `clip` to sums, `clip`^2 to products
     sums = exact.sums + rng.normal(0.0, sd * clip, exact.sums.shape)
     # of a symmetric matrix each number off the diagonal stands twice, and so it has half the variance
@@ -136,81 +163,22 @@ def repaired(sums: ClassSums) -> ClassSums:
     return ClassSums(counts, sums.sums, within + between)
 
 
-def private_round(site: Site, order: Order, model: Model, budget: Budget) -> Update:
-    """A round of DP-SGD on the head.
-
-    Each step draws every lesion with the same chance, clips its gradient, adds noise to the sum and divides by the
-    expected number of lesions, which is public: it comes from the noised counts. Loss and images of the site are not
-    told.
-    """
-    layouts, counts = Layouts.of(order), lesion_counts(site, order, budget)
-    noise, total = _noise(site), max(float(counts.sum()), 1.0)
-    features, labels = _features(site, order, model), _lesions(site)[1]
-    rate, steps = _schedule(order)
-    budget.spend(order, f"round {order.round}", noise, rate, steps)
-    head = {name: tensor.double().numpy() for name, tensor in unpack(model.weights, layouts.weights).items()}
-    both = np.concatenate([head["head.weight"], head["head.bias"][:, None]], axis=1)
-    # those of all sites: with its own, a site would not hold down the classes that it lacks
-    of_all = np.array(order.counts, np.float64) if order.counts else counts
-    shift = log_priors(of_all) if order.adjusted else np.zeros(len(CODES))
-    step = order.recipe.optim.head_lr * order.rate / (rate * total)
-    both = noisy_descent(both, features, labels, shift, order.clip, noise, rate, steps, step)
-    return Update(_changed(order, model, both), model.norm, None, {"images": total, "seconds": 0.0}, None)
-
-
-def log_priors(counts: np.ndarray) -> np.ndarray:
-    """Logarithms of class frequencies, float64 [7]; a class without a lesion counts as having one."""
-    found: np.ndarray = np.log(np.maximum(counts, 1.0) / np.maximum(counts, 1.0).sum())
-    return found
-
-
-def noisy_descent(
-    head: np.ndarray, features: np.ndarray, labels: np.ndarray, shift: np.ndarray, clip: float, noise: float,
-    rate: float, steps: int, step: float,
-) -> np.ndarray:  # fmt: skip
-    """Gradient descent with momentum on a head, each lesion's gradient cut and their sum noised.
+def private_head(
+    sums: ClassSums, centre: np.ndarray, priors: np.ndarray | None, shrinkage: float = PRIVATE_SHRINKAGE
+) -> tuple[np.ndarray, np.ndarray]:
+    """The head out of noisy sums of all sites.
 
     Args:
-        head: float64 [7, D + 1], weights and bias.
-        features: float64 [L, D], one row a lesion.
-        labels: int [L].
-        shift: [7], added to the logits while training.
-        clip: Length of a lesion's gradient.
-        noise: Standard deviation over `clip`.
-        rate: Chance of a lesion to be in a step.
-        steps: Their number.
-        step: Learning rate over the expected number of lesions in a step.
+        sums: Of centred features.
+        centre: float [D], that was subtracted.
+        priors: [7], class frequencies to assume; by default those counted.
+        shrinkage: Of the covariance.
 
     Returns:
-        The new head.
+        float64 [7, D] and [7], for features that are not centred.
     """
-    rng, speed = np.random.default_rng(), np.zeros_like(head)
-    for _ in range(steps):
-        drawn = rng.random(len(labels)) < rate
-        p = softmax(features[drawn] @ head[:, :-1].T + head[:, -1] + shift, axis=1)
-        gradient = clipped_sum(features[drawn], p - np.eye(len(CODES))[labels[drawn]], clip)
-        gradient += rng.normal(0.0, noise * clip, gradient.shape)
-        speed = MOMENTUM * speed + gradient
-        head = head - step * speed
-    return head
-
-
-def clipped_sum(features: np.ndarray, errors: np.ndarray, clip: float) -> np.ndarray:
-    """Sum of each lesion's gradient of weights and bias, cut to a length.
-
-    Args:
-        features: float [L, D].
-        errors: float [L, 7], probability less truth. A lesion's gradient is the outer product of its error and its
-            feature.
-        clip: Length.
-
-    Returns:
-        float64 [7, D + 1], the bias last.
-    """
-    longer = np.concatenate([features, np.ones((len(features), 1))], axis=1)
-    lengths = np.linalg.norm(errors, axis=1) * np.linalg.norm(longer, axis=1)
-    found: np.ndarray = (errors * np.minimum(1.0, clip / np.maximum(lengths, 1e-12))[:, None]).T @ longer
-    return found
+    weight, bias = discriminant_head(repaired(sums), shrinkage, priors)
+    return weight, bias - weight @ centre
 
 
 def noised_update(update: Update, order: Order, budget: Budget) -> Update:
@@ -272,15 +240,10 @@ def guarantee(plan: Plan, rounds: int) -> dict[str, Any] | None:
     return {"unit": unit, "epsilon": found, "delta": plan.delta, "noise_at": plan.dp.replace("lesion", "site")}
 
 
-def _schedule(order: Order) -> tuple[float, int]:
-    """Chance of a lesion to be in a step, and steps of a round; the sums are one step of all."""
-    return (order.sampling, max(1, round(order.local_epochs / order.sampling))) if order.rounds else (1.0, 1)
-
-
-def _noise(site: Site) -> float:
-    kept = site.memory.recall("lesion_counts")
-    assert kept is not None
-    return float(kept["noise"][0])
+def _cut(features: np.ndarray, length: float) -> np.ndarray:
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    found: np.ndarray = features * np.minimum(1.0, length / np.maximum(lengths, 1e-12))
+    return found
 
 
 def _lesions(site: Site) -> tuple[np.ndarray, np.ndarray]:
@@ -305,8 +268,3 @@ def _features(site: Site, order: Order, model: Model) -> np.ndarray:
         kept = {"features": sums / np.bincount(number)[:, None]}
         site.memory.keep("lesion_features", **kept)
     return kept["features"]
-
-
-def _changed(order: Order, model: Model, head: np.ndarray) -> np.ndarray:
-    tensors = {"head.weight": torch.from_numpy(head[:, :-1]), "head.bias": torch.from_numpy(head[:, -1])}
-    return pack(tensors, Layouts.of(order).weights) - model.weights

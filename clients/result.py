@@ -64,6 +64,8 @@ def make_plan(
         return Plan.model_validate({**choices, "recipe": loaded.model_dump_json(), **_parsed(changes)})
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # choices that do not go together; the message says what to do
+            raise RecipeError(first["msg"].removeprefix("Value error, "), where="--set") from error
         raise RecipeError(
             f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}", where="--set",
             expected="one of " + ", ".join(Plan.model_fields),

@@ -21,7 +21,9 @@ from clients.wire import WireError
 
 SECURE = "secure"
 KEYS, SHARES, REVEAL = "query.secure_keys", "query.secure_shares", "query.secure_reveal"
-SUMMED = ("train", "query.class_sums", "query.scale_losses", "query.scaling_sums", "query.calibration_counts")
+SUMMED = (
+    "train", "query.centre", "query.class_sums", "query.scale_losses", "query.scaling_sums", "query.calibration_counts",
+)  # fmt: skip
 """What is answered in sums only; counts of images and results on test splits are each site's own."""
 
 

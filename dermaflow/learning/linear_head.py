@@ -16,8 +16,6 @@ from scipy.special import logsumexp
 from dermaflow.errors import DataError
 from dermaflow.taxonomy import CODES
 
-SHRINKAGE = 0.1
-"""How far the covariance within the classes is drawn towards a sphere."""
 ABSENT = -1e4
 """Bias of a class that no site has."""
 SCALES = 2.0 ** -np.arange(0, 7, 0.5)
@@ -56,7 +54,7 @@ def class_sums(features: np.ndarray, labels: np.ndarray) -> ClassSums:
 
 
 def discriminant_head(
-    sums: ClassSums, shrinkage: float = SHRINKAGE, priors: np.ndarray | None = None
+    sums: ClassSums, shrinkage: float = 0.1, priors: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights and bias of linear discriminant analysis.
 

@@ -17,7 +17,7 @@ from tiny_data import draw, prepare_here
 from clients.masking import Keys, Party, add_masks, from_fixed, more_than_half, step, to_fixed, unmask
 from clients.plan import Plan
 from clients.policy import Policy, Refused, refusal
-from dermaflow.errors import FederationError
+from dermaflow.errors import FederationError, RecipeError
 from dermaflow.learning.backbones import BackboneConfig
 from dermaflow.learning.recipe import Recipe
 from dermaflow.settings import settings
@@ -257,3 +257,11 @@ def test_a_site_can_insist_on_secure_aggregation() -> None:
     }  # fmt: skip
     assert "secure=true" in str(refusal(policy, secure=False, **asked))
     assert refusal(policy, secure=True, **asked) is None
+
+
+def test_choices_that_do_not_go_together_are_told_in_one_sentence(shards: Path) -> None:
+    from clients.result import make_plan
+
+    choices = {"shards": str(shards), "out": "x", "strategy": "krum"}
+    with pytest.raises(RecipeError, match=r"^--set: strategy krum needs each site's update"):
+        make_plan(choices, "demo", None, ["secure=true"], [], real=False)
