@@ -203,6 +203,7 @@ class Registry:
             BundleError: The earlier model is damaged.
         """
         with self._alone():
+            self._expect(instead_of)
             return self._appoint("rollback", self._before(), reason, by, instead_of)
 
     def _before(self) -> str:
@@ -328,18 +329,23 @@ class Registry:
             fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file gives it free, and so does the end of the process
             yield
 
-    def _appoint(
-        self, action: Literal["promote", "rollback"], version: str, reason: str, by: str, instead_of: str | None
-    ) -> Version:
-        if not reason.strip() or not by.strip():
-            raise RegistryError("reason or name is blank", todo="say why, and who decides: it goes into the history")
-        read_files(self._place(version))  # a damaged model never becomes the champion
+    def _expect(self, instead_of: str | None) -> str | None:
+        """The champion's id; raises RegistryError where another was expected."""
         champion = self._champion_id()
         if instead_of not in (None, champion):
             raise RegistryError(
                 f"the champion is {champion} by now", where=self.uri, expected=instead_of,
                 todo="compare with the new champion: dermaflow models history, dermaflow models compare",
             )  # fmt: skip
+        return champion
+
+    def _appoint(
+        self, action: Literal["promote", "rollback"], version: str, reason: str, by: str, instead_of: str | None
+    ) -> Version:
+        if not reason.strip() or not by.strip():
+            raise RegistryError("reason or name is blank", todo="say why, and who decides: it goes into the history")
+        read_files(self._place(version))  # a damaged model never becomes the champion
+        champion = self._expect(instead_of)  # as late as can be: reading a large model takes a while
         now = datetime.now(UTC)
         entry = Promotion(action=action, at=now, by=by, reason=reason, from_version=champion, to_version=version)
         number = len(self._history_places()) + 1
