@@ -31,11 +31,11 @@ def test_score_makes_findings_and_artifacts_once(tmp_path: Path, monkeypatch: py
     (source / "bad.jpg").write_bytes(b"no image")
     model = scoring_bundle(tmp_path / "model")
 
-    def runs(state: str) -> float:
+    def ended(state: str) -> float:
         labels = {"flow": "score", "state": state}
         return monitoring.FLOWS.registry.get_sample_value("dermaflow_flow_runs_total", labels) or 0.0
 
-    before_all = runs("completed"), runs("failed")
+    before_all = ended("completed"), ended("failed")
     with own_prefect(tmp_path / "prefect"):
         first = score(str(source), str(out), model=str(model))
         before = snapshot(out)
@@ -52,4 +52,4 @@ def test_score_makes_findings_and_artifacts_once(tmp_path: Path, monkeypatch: py
         (source / "new.jpg").write_bytes(lesion_jpegs()[0])
         with pytest.raises(DataError, match="another content of the source"):
             score(str(source), str(out), model=str(model))
-    assert (runs("completed"), runs("failed")) == (before_all[0] + 2, before_all[1] + 1)
+    assert (ended("completed"), ended("failed")) == (before_all[0] + 2, before_all[1] + 1)
