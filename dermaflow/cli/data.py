@@ -135,7 +135,7 @@ def forget(
         [place, ", ".join(f"{kind} {count}" for kind, count in counts.items()) or "nothing"]
         for place, counts in found.order.counts.items()
     ]
-    print_table("removed" if yes else "would be removed", ["place", "what"], rows)
+    print_table("to be removed" if yes else "would be removed", ["place", "what"], rows)
     for name, why in found.order.models.items():
         console.print(f"[yellow]![/] model {name} saw it ({why}): decide whether to train anew", soft_wrap=True)
     for folder in found.unfinished:

@@ -141,4 +141,4 @@ def verify(registry: Where = None) -> None:
     Example: dermaflow models verify --registry s3://hospital/registry
     """
     found = _open(registry)
-    console.print(f"{found.uri}: {found.verify()} models, each as it was written", soft_wrap=True)
+    console.print(f"{found.uri}: models {found.verify()}, each as it was written", soft_wrap=True)
