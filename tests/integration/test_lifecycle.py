@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -34,6 +37,7 @@ from flows import lifecycle as lifecycle_module
 from flows import tasks
 from flows.cycle import Decision, alone
 from flows.lifecycle import lifecycle
+from flows.rollover import await_service
 
 pytestmark = pytest.mark.timeout(
     900
@@ -382,6 +386,56 @@ def test_a_limit_starts_the_retraining_and_people_are_told(
 def _runs_of(server: Server, deployment: str) -> list[str]:
     found = server.post("/flow_runs/filter", {"deployments": {"id": {"any_": [deployment]}}})
     return [run["id"] for run in found]
+
+
+def test_a_service_that_does_not_answer_is_said_and_nothing_fails() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        found = await_service(url, "tiny-1", wait=0)
+    assert found.version is None and found.problem is not None and "no answer" in found.problem
+
+
+@pytest.mark.slow
+def test_a_running_service_takes_the_new_champion(here: None, ward: Ward) -> None:
+    """No request fails while the model changes."""
+    pytest.importorskip("ray.serve")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    old, statuses, done = Registry(ward.registry).champion(), [], threading.Event()
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PREFECT_"))}
+    with (ward.root / "serve.txt").open("wb") as said:
+        service = subprocess.Popen(
+            [sys.executable, "-m", "dermaflow.cli.main", "serve", "--port", str(port), "--state", ward.root / "state"],
+            env=bare | {"DERMAFLOW_REGISTRY": str(ward.registry), "DERMAFLOW_THREADS": "1"}, stdout=said, stderr=said,
+        )  # fmt: skip
+
+    def version() -> str | None:
+        try:
+            return str(httpx.get(f"{url}/v1/model", timeout=30).raise_for_status().json()["version"])
+        except httpx.HTTPError:
+            return None
+
+    def ask() -> None:
+        while not done.wait(0.2):
+            statuses.append(httpx.get(f"{url}/readyz", timeout=60).status_code)
+
+    asking = threading.Thread(target=ask)
+    try:
+        assert until(version, 300, f"the service answers: {ward.root / 'serve.txt'}") == old.id
+        asking.start()
+        arrive(ward)
+        decision = lifecycle(**ward.arguments(new_lesions=10, service=url, **ANY))
+        assert decision.served.problem is None, decision.served
+        assert decision.served.version == decision.challenger == version()
+    finally:
+        done.set()
+        if asking.is_alive():
+            asking.join()
+        stop(service)
+    assert statuses and set(statuses) == {200}
 
 
 @pytest.mark.slow
