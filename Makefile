@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
-.PHONY: help install demo test lint slow bench serve clean
+.PHONY: help install demo test lint slow bench serve licences sbom audit clean
 
 help: ## Say what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -31,8 +31,8 @@ lint: $(READY) ## Style, walls between the packages, types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: lint ## Everything CI runs: lint, walls, types, tests
-	$(BIN)/python -m pytest
+test: lint ## Everything CI runs: lint, walls, types, tests (two files at a time)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(READY) ## The long tests
 	$(BIN)/python -m pytest -m slow
@@ -46,6 +46,16 @@ bench: $(READY) ## Measure again what docs/results.md says of speed
 
 serve: demo ## Serve the demo's model and show the page; Ctrl-C ends it
 	$(BIN)/dermaflow serve --model demo-run/model --state demo-run/serve
+
+licences: $(READY) ## Write docs/licences.md from what is installed
+	$(BIN)/python .ci/licences.py docs/licences.md
+
+sbom: $(READY) ## Write the bill of materials, build/sbom.json (CycloneDX)
+	$(BIN)/python .ci/licences.py build/sbom.json
+
+audit: ## Look the pinned versions up among known vulnerabilities; needs the network
+	test -x build/audit/bin/pip-audit || ($(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit)
+	build/audit/bin/pip-audit --no-deps --disable-pip --requirement deploy/constraints.txt
 
 clean: ## Remove what the demo and the installation wrote
 	rm -rf $(VENV) demo-run

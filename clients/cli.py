@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dermaflow.cli.console import bars, command, console, print_table
+from dermaflow.cli.console import bars, command, console, local_only, print_table
 from dermaflow.errors import DataError
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ def main(
         Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "scaffold", "trimmed_mean", "median", "krum"],
         typer.Option(help="How updates are brought together."),
     ] = "fedavg",
-    rounds: Annotated[int, typer.Option(min=1)] = 20,
+    rounds: Annotated[int, typer.Option(min=0)] = 20,
     local_epochs: Annotated[float, typer.Option(help="Epochs of a site in a round, 0.25 for instance.")] = 1.0,
     scope: Annotated[
         Literal["head", "last_block", "all"], typer.Option(help="What is trained and sent.")
@@ -64,7 +64,7 @@ def main(
     if context.invoked_subcommand is None:
         choices: dict[str, Any] = {
             "strategy": strategy, "rounds": rounds, "local_epochs": local_epochs, "scope": scope,
-            "out": str(out.absolute()),
+            "out": str(out if ":/" in str(out) else out.absolute()),
         }  # fmt: skip
         if simulate:
             choices |= {"shards": shards or "", "partition": partition}
@@ -79,6 +79,7 @@ def run(
     state: Path | None, gpus: float, compare: bool,
 ) -> None:  # fmt: skip
     """Make the plan, run it, show what came out."""
+    local_only(Path(choices["out"]), "--out")
     from clients.matrix import comparisons
     from clients.result import make_plan, save_model, table
     from clients.simulation import simulate, submit_to_hub
@@ -107,8 +108,13 @@ def run(
     for record in result["rounds"]:
         for name, reason in record["failed"].items():
             console.print(f"round {record['round']}: without {name}: {reason}", markup=False)
+    if given := result["privacy"]:
+        console.print(
+            f"differential privacy of {given['unit']}: epsilon {given['epsilon']:.2f} at delta {given['delta']:g}"
+        )
+    calibrated = "calibrated on sums of all sites" if result["calibration"] else "not calibrated"
     console.print(
-        f"{bundle}: the model, calibrated on sums of all sites. For one site's own images: dermaflow calibrate --model "
+        f"{bundle}: the model, {calibrated}. For one site's own images: dermaflow calibrate --model "
         f"{bundle} --shards ITS-SHARDS --out ITS-MODEL\nnext: dermaflow evaluate --model {bundle} --shards SHARDS "
         f"--out REPORT\nrounds, bytes, every model at every site: dermaflow federate report {plan.out}",
         markup=False, soft_wrap=True,
@@ -150,6 +156,31 @@ def register(
     from clients.hub import register_site
 
     console.print(f"{name}={register_site(state, public_key, name)}", markup=False)
+
+
+@app.command()
+@command
+def attack(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or of a model.")],
+    shards: Annotated[str, typer.Option(help="Shards that it was trained from.")],
+    resamples: Annotated[int, typer.Option(min=1, help="Of the lesions, for the intervals.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+) -> None:
+    """Try to tell from the model which images it was trained on: area 0.5 is guessing, 1 is certainty.
+
+    Example: dermaflow federate attack runs/federated --shards runs/shards
+    """
+    from clients.result import MODEL
+    from dermaflow.evaluation.membership import attack_model
+
+    model = run / MODEL if (run / MODEL).is_dir() else run
+    with bars() as progress:
+        found = attack_model(str(model), shards, seed, resamples, progress)
+    rows = []
+    for name, one in found.items():
+        interval = f"{one.low:.3f} to {one.high:.3f}" if one.low is not None else f"({one.reason})"
+        rows.append([name, f"{one.value:.3f}", interval])
+    print_table("membership inference: training split against test split", ["attack", "AUC", "95 %"], rows)
 
 
 @app.command()

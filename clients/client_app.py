@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients import privacy, secure
+from clients.accountant import Ledger, Release, epsilon
 from clients.memory import Memory
-from clients.messages import ARRAYS, CONFIG, array_of, read_model, read_order, update_record
+from clients.messages import ARRAYS, CONFIG, METRICS, array_of, read_model, read_order, update_record
 from clients.plan import Order, Plan
 from clients.policy import Refused, load_policy, refusal
 from clients.site import Layouts, Model, Site
@@ -31,40 +33,75 @@ FOLDER = "site-folder"
 def train(message: Message, context: Context) -> Message:
     """A round: new weights less the old, from the site's training split."""
     order, site, model, layouts = _read(message, context)
+    if order.dp == "lesion":
+        raise Refused("rounds do not go with dp=lesion")
     update = site.train(order, model)
+    if order.dp == "site":
+        update = privacy.noised_update(update, order, _budget(site, context))
+    if secure.is_secure(message):
+        arrays = secure.update_sums(update, order, layouts)
+        figures = {name: update.figures[name] for name in ("images", "seconds")}
+        return _masked_answer(message, context, order, site, arrays, figures)
     return Message(update_record(update, order, layouts, site.data.name), reply_to=message)
 
 
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
     """The site's name, and how many images of each class each split has."""
-    _, site = _asked(message, context)
-    counts = {name: Array(np.array(value, np.int64)) for name, value in site.data.counts().items()}
-    return _answer(message, site, counts)
+    order, site = _asked(message, context)
+    counts = {name: np.array(value, np.int64) for name, value in site.data.counts().items()}
+    if order.dp == "lesion":
+        counts["train"] = privacy.lesion_counts(site, order, _budget(site, context)).astype(np.int64)
+    return _answer(message, site, {name: Array(value) for name, value in counts.items()})
 
 
 @app.query("class_sums")
 def class_sums(message: Message, context: Context) -> Message:
     """Class-wise sums of the frozen backbone's features over the training split."""
     order, site, model, _ = _read(message, context)
-    sums = site.class_sums(order, model)
-    return _answer(message, site, _arrays(sums))
+    if order.dp == "lesion":
+        known = array_of(message, "centre")
+        sums = privacy.private_sums(site, order, model, known, _budget(site, context))
+        return _answer_sums(message, context, order, site, _arrays(sums))
+    _exact(order)
+    return _answer_sums(message, context, order, site, _arrays(site.class_sums(order, model)))
+
+
+@app.query("scale_losses")
+def scale_losses(message: Message, context: Context) -> Message:
+    """Sums of the log loss on the calibration split at several scales of the head."""
+    order, site, model, _ = _read(message, context)
+    _exact(order)
+    return _answer_sums(message, context, order, site, {"losses": site.scale_losses(order, model)})
+
+
+@app.query("centre")
+def centre(message: Message, context: Context) -> Message:
+    """Sum of all lesions' features under noise, by which those of `class_sums` are centred."""
+    order, site, model, _ = _read(message, context)
+    if order.dp != "lesion":
+        raise Refused("a centre is for dp=lesion")
+    arrays = {"sum": privacy.centre_sum(site, order, model, _budget(site, context))}
+    if secure.is_secure(message):
+        return _masked_answer(message, context, order, site, arrays, {})
+    return _answer(message, site, {name: Array(array) for name, array in arrays.items()})
 
 
 @app.query("scaling_sums")
 def scaling_sums(message: Message, context: Context) -> Message:
     """Sums of the final model's log loss on the calibration split, at a temperature and bias."""
-    _, site = _asked(message, context)
-    sums = site.scaling_sums(array_of(message, "parameters"))
-    return _answer(message, site, _arrays(sums))
+    order, site = _asked(message, context)
+    _exact(order)
+    return _answer_sums(message, context, order, site, _arrays(site.scaling_sums(array_of(message, "parameters"))))
 
 
 @app.query("calibration_counts")
 def calibration_counts(message: Message, context: Context) -> Message:
     """Histograms of the final model on the calibration split."""
     order, site = _asked(message, context)
+    _exact(order)
     sent = (array_of(message, name) for name in ("parameters", "priors", "mean", "whitener"))
-    return _answer(message, site, _arrays(site.calibration_counts(order, *sent)))
+    return _answer_sums(message, context, order, site, _arrays(site.calibration_counts(order, *sent)))
 
 
 @app.query("evaluate")
@@ -79,7 +116,34 @@ def evaluate(message: Message, context: Context) -> Message:
 def reliability(message: Message, context: Context) -> Message:
     """How well the calibrated final model is calibrated on the site's test split: counts by bin, its own interval."""
     order, site = _asked(message, context)
-    return _answer(message, site, _arrays(site.reliability(order, array_of(message, "parameters"))))
+    _exact(order)
+    found = site.reliability(order, array_of(message, "parameters"))
+    return _answer(message, site, {name: Array(array) for name, array in _arrays(found).items()})
+
+
+@app.query("secure_keys")
+def secure_keys(message: Message, context: Context) -> Message:
+    """Public keys for a sum that nobody can take apart."""
+    _asked(message, context)
+    return _leg(message, secure.offer_keys(message, context))
+
+
+@app.query("secure_shares")
+def secure_shares(message: Message, context: Context) -> Message:
+    """Shares of this site's secrets, each sealed for one other site."""
+    _asked(message, context)
+    return _leg(message, secure.share_secrets(message, context))
+
+
+@app.query("secure_reveal")
+def secure_reveal(message: Message, context: Context) -> Message:
+    """Shares that take the masks off the sum."""
+    _asked(message, context)
+    return _leg(message, secure.reveal(message, context))
+
+
+def _leg(message: Message, record: ConfigRecord) -> Message:
+    return Message(RecordDict({secure.SECURE: record}), reply_to=message)
 
 
 def _read(message: Message, context: Context) -> tuple[Order, Site, Model, Layouts]:
@@ -107,15 +171,59 @@ def _asked(message: Message, context: Context) -> tuple[Order, Site]:
     site = Site(SiteData(config.name, str(config.shards)), Memory(folder / "state", order.run))
     reason = refusal(
         load_policy(folder), strategy=order.strategy, scope=order.scope, round=order.round, rounds=order.rounds,
-        epsilon=None, class_counts=dict(zip(CODES, site.data.counts()["train"], strict=True)), now=datetime.now(),
+        epsilon=_promised(order),
+        secure=secure.is_secure(message) or message.metadata.message_type not in secure.SUMMED,
+        class_counts=dict(zip(CODES, site.data.counts()["train"], strict=True)), now=datetime.now(),
     )  # fmt: skip
     if reason:
         raise Refused(reason)
     return order, site
 
 
-def _arrays(sums: Any) -> dict[str, Array]:
-    return {item.name: Array(np.asarray(getattr(sums, item.name), np.float64)) for item in fields(sums)}
+def _exact(order: Order) -> None:
+    """Refuse exact sums where the run promises noise."""
+    if order.dp in ("lesion", "site"):
+        raise Refused(f"exact sums do not go with dp={order.dp}")
+
+
+def _budget(site: Site, context: Context) -> privacy.Budget:
+    ledger = Ledger(site.memory.site_folder)
+    if FOLDER not in context.node_config:
+        return privacy.Budget(ledger, Plan.from_run_config(dict(context.run_config)).delta, None)
+    policy = load_policy(Path(str(context.node_config[FOLDER])))
+    return privacy.Budget(ledger, policy.delta, policy.max_epsilon)
+
+
+def _promised(order: Order) -> float | None:
+    """Epsilon of the noise that the site adds in the whole run; None if it adds none."""
+    if order.dp == "lesion":
+        return order.epsilon
+    if order.dp == "site" and order.rounds:
+        every = Release(run="", what="", unit="site", noise=order.noise, steps=order.rounds)
+        return epsilon([every], order.delta)
+    return None
+
+
+def _arrays(sums: Any) -> dict[str, np.ndarray]:
+    return {item.name: np.asarray(getattr(sums, item.name), np.float64) for item in fields(sums)}
+
+
+def _answer_sums(
+    message: Message, context: Context, order: Order, site: Site, arrays: dict[str, np.ndarray]
+) -> Message:
+    """Sums as they are, or under masks where the coordinator is to see only those of all sites."""
+    if secure.is_secure(message):
+        return _masked_answer(message, context, order, site, arrays, {})
+    return _answer(message, site, {name: Array(array) for name, array in arrays.items()})
+
+
+def _masked_answer(
+    message: Message, context: Context, order: Order, site: Site, arrays: dict[str, np.ndarray],
+    figures: dict[str, float],
+) -> Message:  # fmt: skip
+    content = RecordDict({ARRAYS: secure.masked(message, context, arrays, order.secure_range)})
+    content[METRICS], content[CONFIG] = MetricRecord(dict(figures)), ConfigRecord({"site": site.data.name})
+    return Message(content, reply_to=message)
 
 
 def _answer(message: Message, site: Site, arrays: dict[str, Array]) -> Message:

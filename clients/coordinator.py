@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -22,14 +23,16 @@ from safetensors.numpy import load_file, save
 from clients.grid import SiteGrid
 from clients.messages import CONFIG, array_of, content_bytes, order_record
 from clients.plan import Order, Plan
+from clients.privacy import guarantee, private_head
 from clients.rounds import RoundRecord, SiteRounds
+from clients.secure_grid import SecureGrid
 from clients.site import Layouts, Model
 from clients.site_data import simulated_sites
 from clients.wire import pack, unpack
-from dermaflow import storage
+from dermaflow import monitoring, storage
 from dermaflow.errors import CheckpointError, FederationError
 from dermaflow.learning.backbones import Network, build
-from dermaflow.learning.linear_head import ClassSums, discriminant_head
+from dermaflow.learning.linear_head import ABSENT, SCALES, ClassSums, discriminant_head
 from dermaflow.learning.optimisation import Scope
 from dermaflow.learning.train import versions
 from dermaflow.schemas.bundle import Calibration, Reference
@@ -40,8 +43,10 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT, ROUNDS, RESULT, WEIGHTS = "checkpoint.safetensors", "rounds.jsonl", "result.json", "weights.safetensors"
 REFERENCE = "reference.safetensors"
+UNSEEN = -30.0
+"""First logit of a class that no site has: as good as never, and yet a number that training can move."""
 ONLINE = 120.0
-"""Seconds to wait for the sites of a run."""
+"""Seconds to wait for all sites of a run; then it begins with those that are there, if they are a quorum."""
 
 
 S = TypeVar("S", ClassSums, ScalingSums, CalibrationCounts)
@@ -68,6 +73,8 @@ class Coordinator:
             adjusted=plan.loss == "adjusted", norm=plan.norm, keep_moments=plan.keep_moments,
             precision=plan.precision, seed=plan.seed,
             mu=plan.proximal_mu if plan.strategy == "fedprox" else 0.0, resamples=plan.resamples,
+            secure_range=plan.secure_range if plan.secure else 0.0, dp=plan.dp, epsilon=plan.epsilon, delta=plan.delta,
+            noise=plan.noise, clip=plan.clip, directions=plan.directions,
         )  # fmt: skip
         self.rounds = read_rounds(self.out)
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -75,7 +82,9 @@ class Coordinator:
         self._failed: Callable[[dict[str, str]], None] = lambda reasons: log.warning("no answer: %s", reasons)
         self.grid = self._find_sites(grid)
         chosen = plan.only.split(",") if plan.only else list(self.grid.names.values())
-        self.training = self._grid_of({node: name for node, name in self.grid.names.items() if name in chosen})
+        self.training = self._grid_of(
+            {node: name for node, name in self.grid.names.items() if name in chosen}, secure=plan.secure
+        )
         if not self.training.names:
             raise FederationError(f"no site of {chosen}", expected=f"some of {sorted(self.grid.names.values())}")
 
@@ -86,10 +95,12 @@ class Coordinator:
         counts = {_site_of(answer): array_of(answer, "train").tolist() for answer in described}
         data = {_site_of(answer): str(answer.content.config_records[CONFIG]["data"]) for answer in described}
         calibration_images = np.sum([array_of(answer, "calibration") for answer in described], axis=0)
+        most = max((sum(of_site) for of_site in counts.values()), default=0)
+        self.order = self.order.model_copy(update={"most_images": most})
         if self.plan.weights_of == "all":
             self.order = self.order.model_copy(update={"counts": np.sum(list(counts.values()), axis=0).tolist()})
         if self.plan.head == "statistics" and not self.rounds:
-            self._statistics_head()
+            self._statistics_head(counts)
         scopes: list[tuple[Scope, int, int]] = [
             ("head", 1, self.plan.head_rounds), (self.plan.scope, self.plan.head_rounds + 1, self.plan.rounds)
         ]  # fmt: skip
@@ -98,13 +109,16 @@ class Coordinator:
                 self._train(scope, first, last)
         storage.write_bytes(self.out / WEIGHTS, save({k: v.numpy() for k, v in self.network.state_dict().items()}))
         sites = self._evaluate()
-        calibration, reference = self._calibrate(calibration_images)
-        storage.write_bytes(self.out / REFERENCE, save({"mean": reference.mean, "whitener": reference.whitener}))
-        for site, found in self._reliability(calibration).items():
-            if site in sites:
-                sites[site]["reliability"] = found
+        calibration = None
+        if self.plan.dp in ("none", "central"):  # otherwise a site calibrates for itself, and no exact sum leaves it
+            calibration, reference = self._calibrate(calibration_images)
+            storage.write_bytes(self.out / REFERENCE, save({"mean": reference.mean, "whitener": reference.whitener}))
+            for site, found in self._reliability(calibration).items():
+                if site in sites:
+                    sites[site]["reliability"] = found
         result = {
-            "calibration": calibration.model_dump(mode="json"),
+            "calibration": calibration.model_dump(mode="json") if calibration else None,
+            "privacy": guarantee(self.plan, len(self.rounds)),
             "plan": self.plan.model_dump() | {"recipe": json.loads(self.plan.recipe)},
             "counts": counts, "rounds": self.rounds, "sites": sites, "seconds": time.monotonic() - began,
             "training_sites": sorted(self.training.names.values()), "data": data, "versions": versions(),
@@ -118,7 +132,7 @@ class Coordinator:
         names = self.plan.node_ids()
         if names:
             found = self._grid_of(names, grid)
-            found.wait(ONLINE)
+            found.wait(ONLINE, max(self.plan.min_sites, math.ceil(self.plan.quorum * len(names))))
             return found
         expected = len(simulated_sites(self.plan.shards, self.plan.partition))
         end = time.monotonic() + ONLINE
@@ -128,11 +142,14 @@ class Coordinator:
         answers = self._ask(found, "describe", None, self.order)
         return self._grid_of({reply.metadata.src_node_id: _site_of(reply) for reply in answers}, grid)
 
-    def _grid_of(self, names: dict[int, str], grid: Grid | None = None) -> SiteGrid:
-        return SiteGrid(
-            grid or self.grid, names, quorum=self.plan.quorum, grace=self.plan.grace,
-            failed=lambda reasons: self._failed(reasons),
-        )  # fmt: skip
+    def _grid_of(self, names: dict[int, str], grid: Grid | None = None, *, secure: bool = False) -> SiteGrid:
+        options: dict[str, Any] = {
+            "quorum": self.plan.quorum, "grace": self.plan.grace, "failed": lambda reasons: self._failed(reasons),
+        }  # fmt: skip
+        if secure:
+            options |= {"threshold": self.plan.secure_threshold, "limit": self.plan.secure_range}
+            return SecureGrid(grid or self.grid, names, **options)
+        return SiteGrid(grid or self.grid, names, **options)
 
     def _ask(
         self, grid: SiteGrid, question: str, model: Model | None, order: Order, **more: np.ndarray
@@ -150,26 +167,46 @@ class Coordinator:
             self.asked[answer.metadata.src_node_id]["sent"] += content_bytes(answer.content)
         return answers
 
+    def _enough(self, question: str) -> None:
+        """Raise FederationError if fewer sites than the plan wants are in the last answers."""
+        count = len(self.training.answered)
+        if count < self.plan.min_sites:
+            raise FederationError(f"{count} sites answered {question}", expected=f"at least {self.plan.min_sites}")
+
     def _model(self, order: Order) -> tuple[Model, Layouts]:
         """The coordinator's network in pieces."""
         layouts, tensors = Layouts.of(order), self.network.state_dict()
         pieces = [pack(tensors, layout) for layout in (layouts.weights, layouts.norm, layouts.rest)]
         return Model(pieces[0], pieces[1], pieces[2]), layouts
 
-    def _statistics_head(self) -> None:
+    def _statistics_head(self, counts: dict[str, list[int]]) -> None:
         """A head from the sums of all sites: linear discriminant analysis on the frozen backbone's features."""
         order = self.order.model_copy(update={"scope": "head"})
-        answers = self._ask(self.training, "class_sums", self._model(order)[0], order)
-        if len(answers) < self.plan.min_sites:
-            raise FederationError(f"{len(answers)} sites sent sums", expected=f"at least {self.plan.min_sites}")
+        private, more = self.plan.dp == "lesion", {}
+        if private:
+            answers = self._ask(self.training, "centre", self._model(order)[0], order)
+            self._enough("centre")
+            lesions = max(float(np.sum(list(counts.values()))), 1.0)
+            more["centre"] = np.sum([array_of(answer, "sum") for answer in answers], axis=0) / lesions
+        answers = self._ask(self.training, "class_sums", self._model(order)[0], order, **more)
+        self._enough("class_sums")
         sums = [ClassSums(*(array_of(a, name) for name in ("counts", "sums", "products"))) for a in answers]
         total = sum(sums[1:], sums[0])
         even = np.ones(len(total.counts)) if self.order.adjusted else None  # what the adjusted loss trains towards
-        weight, bias = discriminant_head(total, priors=even)
+        weight, bias = private_head(total, more["centre"], even) if private else discriminant_head(total, priors=even)
+        self._put_head(weight, bias)
+        scale = 1.0
+        if not private:  # the sums for a scale are exact
+            answers = self._ask(self.training, "scale_losses", self._model(order)[0], order)
+            scale = float(SCALES[np.sum([array_of(a, "losses") for a in answers], axis=0).argmin()]) if answers else 1.0
+        self._put_head(scale * weight, np.where(bias == ABSENT, UNSEEN, scale * bias))
+        sites, images = len(self.training.answered), int(total.counts.sum())
+        log.info("head from the sums of %d sites, %d images; scale %.3f", sites, images, scale)
+
+    def _put_head(self, weight: np.ndarray, bias: np.ndarray) -> None:
         with torch.no_grad():
             self.network.head.weight.copy_(torch.from_numpy(weight))
-            self.network.head.bias.copy_(torch.from_numpy(np.maximum(bias, -30.0)))
-        log.info("head from the sums of %d sites, %d images", len(answers), int(total.counts.sum()))
+            self.network.head.bias.copy_(torch.from_numpy(bias))
 
     def _train(self, scope: Scope, first: int, last: int) -> None:
         done = len(self.rounds)
@@ -201,10 +238,11 @@ class Coordinator:
         self.network.load_state_dict(tensors, strict=False)
 
     def _note(self, record: RoundRecord) -> None:
-        losses = ", ".join(f"{name} {figures['loss']:.3f}" for name, figures in sorted(record.sites.items()))
+        losses = ", ".join(f"{name} {of.get('loss', math.nan):.3f}" for name, of in sorted(record.sites.items()))
         log.info("round %d of %d: %.1f s, loss %s", record.round, self.plan.rounds, record.seconds, losses)
         for site, reason in record.failed.items():
             log.warning("round %d: %s left out: %s", record.round, site, reason)
+        monitoring.round_ended(record.seconds, record.sites, record.failed)
 
     def _write_round(self, record: RoundRecord) -> None:
         entry = asdict(record)
@@ -224,8 +262,7 @@ class Coordinator:
 
         def total(kind: type[S], question: str, model: Model | None, **more: np.ndarray) -> S:
             answers = self._ask(self.training, question, model, self.order, **more)
-            if len(answers) < self.plan.min_sites:
-                raise FederationError(f"{len(answers)} sites answered {question}", expected=f"{self.plan.min_sites}")
+            self._enough(question)
             names = [item.name for item in fields(kind)]
             return reduce(add, [kind(*(array_of(answer, name) for name in names)) for answer in answers])
 

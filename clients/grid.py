@@ -25,6 +25,9 @@ class SiteGrid(Grid):
         quorum: Share of the answers after which only `grace` is waited.
         grace: Seconds.
         failed: Called with the names of the sites that failed or were late, and why.
+
+    Attributes:
+        answered: Sites whose answers are in what came last.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class SiteGrid(Grid):
     ) -> None:  # fmt: skip
         self._grid, self.names = grid, names
         self._quorum, self._grace, self._failed = quorum, grace, failed
+        self.answered: list[str] = []
 
     def set_run(self, run: Run) -> None:
         """Not ours to change."""
@@ -68,9 +72,16 @@ class SiteGrid(Grid):
 
         A site that failed or is late is named to `failed`; its error is not among the answers.
         """
-        messages = list(messages)
+        answers, reasons = self.exchange(list(messages), timeout)
+        self.answered = [self.names.get(answer.metadata.src_node_id, "?") for answer in answers]
+        if reasons:
+            self._failed(reasons)
+        return answers
+
+    def exchange(self, messages: list[Message], timeout: float | None) -> tuple[list[Message], dict[str, str]]:
+        """As `send_and_receive`, and gives the sites that failed or are late, and why."""
         if not messages:
-            return []
+            return [], {}
         ids = list(self._grid.push_messages(messages))
         site = {
             number: self.names.get(message.metadata.dst_node_id, "?")
@@ -93,21 +104,29 @@ class SiteGrid(Grid):
             if waiting:
                 time.sleep(POLL)
         reasons |= {site[number]: "no answer in time" for number in waiting}
-        if reasons:
-            self._failed(reasons)
-        return answers
+        return answers, reasons
 
-    def wait(self, timeout: float) -> None:
-        """Wait until every site is online.
+    def wait(self, timeout: float, least: int) -> None:
+        """Wait until every site is online, or until the time is over and enough are.
+
+        A site that is not is named to `failed`; it takes part from when it comes.
+
+        Args:
+            timeout: Seconds.
+            least: Sites to go on with.
 
         Raises:
-            FederationError: Some are not, after `timeout` seconds.
+            FederationError: Fewer are online after `timeout` seconds.
         """
         end = time.monotonic() + timeout
         while missing := set(self.names) - set(self._grid.get_node_ids()):
             if time.monotonic() > end:
+                if len(self.names) - len(missing) >= least:
+                    self._failed({self.names[node]: f"not online after {timeout:g} s" for node in missing})
+                    return
                 raise FederationError(
                     f"not online after {timeout:g} s: {', '.join(sorted(self.names[node] for node in missing))}",
-                    expected="every site of the run", todo="start them (dermaflow site join) or name fewer sites",
+                    expected=f"at least {least} sites of the run",
+                    todo="start them (dermaflow site join), name fewer sites or lower quorum",
                 )  # fmt: skip
             time.sleep(POLL)

@@ -26,11 +26,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from clients.audit import AuditLog
 from clients.engine import flwr
 from clients.offline import environment, go_offline
 from clients.site_config import AUDIT_NAME
 from dermaflow import storage
+from dermaflow.audit import AuditLog
 from dermaflow.errors import DermaflowError
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from clients.audit import AuditLog
 from clients.policy import PolicyError, Refused, app_refusal, load_policy
 from clients.site_config import AUDIT_NAME
 from clients.supernode import DIED, SECRET_NAME, end_with_parent
+from dermaflow.audit import AuditLog
 
 log = logging.getLogger(__name__)
 

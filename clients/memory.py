@@ -18,9 +18,13 @@ class Memory:
     Args:
         folder: The site's own folder.
         run: Name of the run; its arrays are kept apart from those of others.
+
+    Attributes:
+        site_folder: For what belongs to the site and not to a run.
     """
 
     def __init__(self, folder: Path, run: str) -> None:
+        self.site_folder = folder
         self._folder = folder / re.sub(r"[^A-Za-z0-9_.-]", "_", run)
 
     def recall(self, name: str) -> dict[str, np.ndarray] | None:

@@ -17,7 +17,7 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
 
 def order_record(order: Order, model: Model | None, layouts: Layouts | None, **more: np.ndarray) -> RecordDict:
-    """What a site is asked; without a model where a question needs none, with further arrays where it needs them."""
+    """What a site is asked; without a model where a question needs none, with more arrays where it needs them."""
     config: dict[str, Any] = {"order": order.model_dump_json()}
     content = RecordDict()
     if model is not None and layouts is not None:
@@ -27,7 +27,7 @@ def order_record(order: Order, model: Model | None, layouts: Layouts | None, **m
             arrays["rest"] = Array(model.rest)
         if model.control is not None:
             arrays["control"] = Array(model.control)
-        content[ARRAYS] = ArrayRecord(arrays)
+        content[ARRAYS] = ArrayRecord(arrays | {name: Array(array) for name, array in more.items()})
     elif more:
         content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in more.items()})
     content[CONFIG] = ConfigRecord(config)

@@ -22,12 +22,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clients.audit import AuditLog
 from clients.offline import environment
 from clients.policy import load_policy
 from clients.site_config import AUDIT_NAME, SiteError, load_site
 from clients.supernode import SECRET_NAME, STATE_NAME
 from dermaflow import storage
+from dermaflow.audit import AuditLog
 
 log = logging.getLogger(__name__)
 

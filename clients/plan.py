@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clients.wire import Precision
 from dermaflow import __version__
@@ -18,6 +18,7 @@ StrategyName = Literal[
 
 
 Norm = Literal["shared", "local", "frozen"]
+Privacy = Literal["none", "lesion", "site", "central"]
 
 
 class Plan(BaseModel):
@@ -27,7 +28,7 @@ class Plan(BaseModel):
 
     recipe: str = Field(description="The recipe as JSON: network, first weights, local training.")
     strategy: StrategyName = "fedavg"
-    rounds: int = Field(20, ge=1)
+    rounds: int = Field(20, ge=0, description="0 with head=statistics: the head from sums is the result.")
     local_epochs: float = Field(1.0, gt=0, description="Epochs of each site on its own images in a round.")
     scope: Scope = Field("all", description="What is trained and sent: head, last_block or all.")
     head_rounds: int = Field(0, ge=0, description="So many first rounds train the head only.")
@@ -60,10 +61,34 @@ class Plan(BaseModel):
     )
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the sites that train in a round.")
     min_sites: int = Field(1, ge=1, description="Fewer answers than this, and the run stops.")
-    quorum: float = Field(1.0, gt=0, le=1, description="Share of answers after which only `grace` is waited.")
+    quorum: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of answers after which only `grace` is waited; and of sites online, to begin.",
+    )
     grace: float = Field(5.0, ge=0, description="Seconds.")
     timeout: float = Field(3600.0, gt=0, description="Seconds that a round may take.")
     monitor_every: int = Field(1, ge=1, description="Rounds between looks at the sites' calibration splits.")
+    secure: bool = Field(False, description="Secure aggregation: the coordinator learns sums of sites only.")
+    secure_threshold: int = Field(
+        0, ge=0, description="Sites that must stay until the end of a secure sum; 0 for more than half of those asked."
+    )
+    secure_range: float = Field(8.0, gt=0, description="Largest change of a weight in a round that secure sums carry.")
+    dp: Privacy = Field(
+        "none",
+        description="Differential privacy: lesion, each site protects each of its lesions; site, each site "
+        "hides its whole update in noise; central, the coordinator does so with the sum.",
+    )
+    epsilon: float = Field(4.0, gt=0, description="dp=lesion: what each site guarantees for the run.")
+    delta: float = Field(1e-5, gt=0, lt=1, description="Of the guarantee; below one over the number of lesions.")
+    noise: float = Field(1.0, gt=0, description="dp=site and central: noise of a round over the length of an update.")
+    clip: float = Field(
+        1.0,
+        gt=0,
+        description="Length to which are cut: lesion, centred features; site and central, updates of the first round.",
+    )
+    directions: int = Field(128, ge=2, description="dp=lesion: random directions to which sums project features.")
     seed: int = Field(0, ge=0, lt=2**31)
     resamples: int = Field(1000, ge=1, description="Lesion resamples of each site for the intervals.")
     name: str = Field(
@@ -78,6 +103,40 @@ class Plan(BaseModel):
     )
     only: str = Field("", description="Simulation only: the sites that train, comma-separated; all are evaluated.")
     out: str = Field(description="Folder of the result, on the coordinator's machine.")
+
+    @model_validator(mode="after")
+    def _secure_sums_hide_what_some_strategies_need(self) -> Plan:
+        if self.secure and self.strategy in ("trimmed_mean", "median", "krum", "scaffold"):
+            raise ValueError(
+                f"strategy {self.strategy} needs each site's update, secure aggregation shows their sum only; use "
+                "fedavg, fedprox, fedavgm, fedadam or fedyogi, or secure=false"
+            )
+        if self.secure and self.precision != "float32":
+            raise ValueError(f"precision {self.precision} cannot be masked; secure sums are fixed-point, 32 bits")
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_covers_everything_that_is_learnt(self) -> Plan:
+        if not self.rounds and self.head != "statistics":
+            raise ValueError("no rounds and no head from sums: nothing is learnt; use rounds=1 or head=statistics")
+        if self.dp == "none":
+            return self
+        if self.strategy not in ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi"):
+            raise ValueError(f"strategy {self.strategy} does not go with dp={self.dp}; use fedavg or one of its kin")
+        if self.dp == "lesion" and (self.scope != "head" or self.head != "statistics" or self.rounds):
+            raise ValueError(
+                "dp=lesion is for the head from sums on a frozen backbone; use scope=head, head=statistics and rounds=0"
+            )
+        if self.dp != "lesion" and self.head == "statistics":
+            raise ValueError(f"dp={self.dp} is for updates; sums of features go with dp=lesion")
+        if self.norm != "frozen" and self.scope != "head":
+            raise ValueError(
+                f"dp={self.dp} adds no noise to running statistics, which would then leave as they are; use "
+                "norm=frozen or scope=head"
+            )
+        if self.dp == "central" and self.secure:
+            raise ValueError("dp=central needs each site's update, which secure=true hides; use dp=site")
+        return self
 
     @property
     def parsed_recipe(self) -> Recipe:
@@ -129,5 +188,13 @@ class Order(BaseModel):
     mu: float = 0.0
     monitor: bool = False
     precision: Precision = "float32"
+    secure_range: float = 0.0  # 0 without secure aggregation
+    most_images: int = 0  # largest number of training images of a site, to which secure updates are weighed
+    dp: Privacy = "none"
+    epsilon: float = 4.0
+    delta: float = 1e-5
+    noise: float = 1.0
+    clip: float = 1.0
+    directions: int = 128
     seed: int = 0
     resamples: int = 0

@@ -59,9 +59,11 @@ class Policy(BaseModel):
     min_images_per_class: int = Field(
         0, ge=0, description="training images of every diagnosis that is there at all: few images speak of few persons"
     )
+    secure_only: bool = Field(False, description="updates and sums leave only under secure aggregation")
     max_epsilon: float | None = Field(
-        None, gt=0, description="a run must guarantee differential privacy with at most this epsilon"
+        None, gt=0, description="noise of this site's own must guarantee at most this epsilon, over all runs together"
     )
+    delta: float = Field(1e-5, gt=0, lt=1, description="at which max_epsilon is meant")
 
 
 def app_refusal(policy: Policy, sha256: str) -> str | None:
@@ -78,7 +80,7 @@ def app_refusal(policy: Policy, sha256: str) -> str | None:
 
 def refusal(
     policy: Policy, *, strategy: str, scope: str, round: int, rounds: int, epsilon: float | None,
-    class_counts: Mapping[str, int], now: datetime,
+    class_counts: Mapping[str, int], now: datetime, secure: bool = False,
 ) -> str | None:  # fmt: skip
     """Why a round may not be trained here, in one sentence, or None if it may.
 
@@ -90,9 +92,10 @@ def refusal(
         scope: What is trained and sent: ``head``, ``last_block`` or ``all``.
         round: The round, from 1; 0 for questions before the first.
         rounds: Rounds of the run.
-        epsilon: Of the run's differential privacy guarantee; None without one.
+        epsilon: Of the guarantee that noise of the site's own gives in the run; None without such noise.
         class_counts: Training images by diagnosis.
         now: Local time at the site.
+        secure: Whether the answer is masked, or none that could be.
     """
     if strategy not in policy.allowed_strategies:
         return f"strategy {strategy} is not allowed at this site, only {_listed(policy.allowed_strategies)}"
@@ -102,6 +105,8 @@ def refusal(
         return f"{max(round, rounds)} rounds are more than the {policy.max_rounds} that this site allows"
     if policy.hours is not None and not policy.hours.hold(now.time()):
         return f"this site takes part from {policy.hours.start:%H:%M} to {policy.hours.end:%H:%M} local time only"
+    if policy.secure_only and not secure:
+        return "this site answers under secure aggregation only (secure=true)"
     if policy.max_epsilon is not None and epsilon is None:
         return f"this site demands differential privacy with epsilon of at most {policy.max_epsilon:g}"
     if policy.max_epsilon is not None and epsilon is not None and epsilon > policy.max_epsilon:
@@ -199,6 +204,11 @@ max_rounds: 100
 # Training images that every diagnosis must have here, if it is here at all. Few images speak of few persons.
 min_images_per_class: 0
 
-# Take part only in runs that guarantee differential privacy with at most this epsilon.
+# Let updates and sums leave only under secure aggregation, so that the coordinator sees those of all sites together.
+# secure_only: true
+
+# Take part only in runs in which this site adds noise of its own (dp=lesion or dp=site), so that all runs together
+# guarantee differential privacy with at most this epsilon at this delta. What is spent lies in state/privacy.json.
 # max_epsilon: 8.0
+# delta: 1.0e-5
 """

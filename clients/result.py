@@ -64,6 +64,8 @@ def make_plan(
         return Plan.model_validate({**choices, "recipe": loaded.model_dump_json(), **_parsed(changes)})
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # choices that do not go together; the message says what to do
+            raise RecipeError(first["msg"].removeprefix("Value error, "), where="--set") from error
         raise RecipeError(
             f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}", where="--set",
             expected="one of " + ", ".join(Plan.model_fields),
@@ -95,7 +97,7 @@ def save_model(plan: Plan) -> Path:
     recipe = plan.parsed_recipe
     counts = np.sum(list(result["counts"].values()), axis=0)
     history = [
-        {"epoch": float(number), "loss": _mean_loss(record), "seconds": record["seconds"]}
+        {"epoch": float(number), "seconds": record["seconds"], **_mean_loss(record)}
         for number, record in enumerate(result["rounds"])
     ]
     record = TrainingRecord(
@@ -113,22 +115,33 @@ def save_model(plan: Plan) -> Path:
     bundle = Bundle(
         name=f"{recipe.name}-federated", backbone=recipe.backbone.name, input=recipe.input_spec,
         dropout=recipe.backbone.dropout, train_priors=(counts / counts.sum()).tolist(), training=record,
-        calibration=Calibration.model_validate(result["calibration"]),
+        calibration=Calibration.model_validate(result["calibration"]) if result["calibration"] else None,
     )  # fmt: skip
+    calibrated = "Calibrated on sums of the sites' calibration splits"
+    if bundle.calibration is None:
+        calibrated = "Not calibrated: sites do that on their own images (dermaflow calibrate)"
+    privacy = ""
+    if given := result.get("privacy"):
+        figures = f"epsilon {given['epsilon']:.2f} at delta {given['delta']:g}"
+        privacy = f"Differential privacy of {given['unit']}: {figures}.\n"
     card = (
         f"# {bundle.name}\n\nTrained by {plan.strategy} over {', '.join(result['training_sites'])}, "
-        f"{len(history)} rounds. Calibrated on sums of the sites' calibration splits; not evaluated yet.\n"
+        f"{len(history)} rounds. {calibrated}; not evaluated yet.\n{privacy}"
     )
-    tensors = load_file(folder / REFERENCE)
-    none = np.zeros((0, len(tensors["mean"])), np.float16)
-    reference = Reference(none, tensors["mean"], tensors["whitener"], (), (), ())
+    reference = None
+    if bundle.calibration is not None:
+        tensors = load_file(folder / REFERENCE)
+        none = np.zeros((0, len(tensors["mean"])), np.float16)
+        reference = Reference(none, tensors["mean"], tensors["whitener"], (), (), ())
     save_bundle(folder / MODEL, bundle, network_of_result(plan, folder).state_dict(), reference, card)
     return folder / MODEL
 
 
-def _mean_loss(record: dict[str, Any]) -> float:
-    sites = record["sites"].values()
-    return sum(site["loss"] * site["images"] for site in sites) / sum(site["images"] for site in sites)
+def _mean_loss(record: dict[str, Any]) -> dict[str, float]:
+    """Of all sites; none under differential privacy, where no site tells it."""
+    sites = [site for site in record["sites"].values() if "loss" in site]
+    images = sum(site["images"] for site in sites)
+    return {"loss": sum(site["loss"] * site["images"] for site in sites) / images} if sites else {}
 
 
 def data_hash(result: dict[str, Any]) -> str:

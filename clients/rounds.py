@@ -17,7 +17,10 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrim
 from clients.grid import SiteGrid
 from clients.messages import ARRAYS, METRICS, content_bytes, order_record, read_update
 from clients.plan import Order, Plan
+from clients.privacy import next_clip, noised_mean
 from clients.scaffold import CONTROL, Scaffold
+from clients.secure import update_of
+from clients.secure_grid import SecureGrid
 from clients.site import Layouts, Model, Update
 from clients.wire import WireError, merge_norm
 from dermaflow.errors import FederationError
@@ -61,7 +64,8 @@ class RoundRecord:
         scope: What was trained.
         seconds: From the first message to the new model.
         sites: Figures of each site that answered: images, loss, seconds, sent and received bytes; where the model was
-            looked at, ``balanced_accuracy`` of the model that the round began with on its calibration split.
+            looked at, ``balanced_accuracy`` of the model that the round began with on its calibration split. Under
+            secure aggregation the loss is that of all together, and no site's balanced accuracy is known.
         failed: Sites that did not, and why.
         confusion: int [7, 7] of the model that the round began with, over the answering sites' calibration splits.
     """
@@ -101,6 +105,7 @@ class SiteRounds(Strategy):
         self._knows_rest: set[int] = set()
         self._began = 0.0
         self._names: dict[int, str] = {}
+        self._grid: SiteGrid | None = None
 
     @property
     def kept(self) -> Model:
@@ -118,7 +123,7 @@ class SiteRounds(Strategy):
         assert isinstance(grid, SiteGrid)
         number = self.first + server_round - 1
         self.record, self._began = RoundRecord(number, self.order.scope), time.monotonic()
-        self._names = grid.names
+        self._names, self._grid = grid.names, grid
         order = self.order.model_copy(
             update={
                 "round": number, "rate": self._rate(number),
@@ -148,37 +153,29 @@ class SiteRounds(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the answers, let the strategy move the weights, merge the statistics."""
-        good: list[tuple[Message, Update]] = []
-        for reply in replies:
-            site = self._names[reply.metadata.src_node_id]
-            self.record.sites[site]["sent"] = float(content_bytes(reply.content))
-            try:
-                good.append((reply, read_update(reply.content, self.layouts)))
-                self._knows_rest.add(reply.metadata.src_node_id)
-            except WireError as error:
-                self.record.failed[site] = f"refused: {error}"
-        good = self._without_giants(good)
+        good = self._read_sum(list(replies)) if self.plan.secure else self._without_giants(self._read(replies))
         for site in self.record.failed:
             self.record.sites.pop(site, None)
-        if len(good) < self.plan.min_sites:
+        if len(self.record.sites) < self.plan.min_sites:
             raise FederationError(
-                f"{len(good)} sites answered round {self.record.round}; {self.record.failed or 'none failed'}",
+                f"{len(self.record.sites)} sites answered round {self.record.round}; "
+                f"{self.record.failed or 'none failed'}",
                 expected=f"at least {self.plan.min_sites}", todo="look at the sites named, then submit the run again",
             )  # fmt: skip
+        if self.plan.dp == "central":
+            good = [(good[0][0], noised_mean([update for _, update in good], self.order))]
         for reply, update in good:
-            site = self._names[reply.metadata.src_node_id]
-            self.record.sites[site] |= update.figures
-            if update.confusion is not None and update.confusion.any():
-                seen_there = balanced_accuracy(update.confusion[None].astype(np.float64))
-                self.record.sites[site]["balanced_accuracy"] = float(seen_there[0])
             arrays = {"weights": Array(self.model.weights + update.delta)}
             if update.control is not None:
                 arrays[CONTROL] = Array(update.control)
-            figures = {"num-examples": update.figures["images"], "loss": update.figures["loss"]}
+            figures = {"num-examples": update.figures["images"]}
             reply.content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord(figures)})
         number = self.record.round - self._origin + 1  # of the phase, also after a restart: optimisers count by it
         found, metrics = self.inner.aggregate_train(number, [reply for reply, _ in good])
         updates = [update for _, update in good]
+        if self.plan.dp in ("site", "central"):
+            cut = float(np.mean([update.figures["clipped"] for update in updates]))
+            self.order = self.order.model_copy(update={"clip": next_clip(self.order.clip, cut)})
         images = [update.figures["images"] for update in updates]
         if found is not None:
             weights = found["weights"].numpy().astype(np.float32)  # Flower's optimisers compute in float64
@@ -192,6 +189,40 @@ class SiteRounds(Strategy):
         self.record.seconds = time.monotonic() - self._began
         self._on_round(self.record)
         return ArrayRecord({"weights": Array(self.model.weights)}), metrics
+
+    def _read(self, replies: Iterable[Message]) -> list[tuple[Message, Update]]:
+        good: list[tuple[Message, Update]] = []
+        for reply in replies:
+            site = self._names[reply.metadata.src_node_id]
+            self.record.sites[site]["sent"] = float(content_bytes(reply.content))
+            try:
+                good.append((reply, read_update(reply.content, self.layouts)))
+                confusion = good[-1][1].confusion
+                self.record.sites[site] |= good[-1][1].figures
+                if confusion is not None and confusion.any():
+                    seen = balanced_accuracy(confusion[None].astype(np.float64))
+                    self.record.sites[site]["balanced_accuracy"] = float(seen[0])
+                self._knows_rest.add(reply.metadata.src_node_id)
+            except WireError as error:
+                self.record.failed[site] = f"refused: {error}"
+        return good
+
+    def _read_sum(self, replies: list[Message]) -> list[tuple[Message, Update]]:
+        """The sites' sum as though it were one site's update; each site's loss is then that of all."""
+        assert isinstance(self._grid, SecureGrid)
+        figures = self._grid.figures
+        if not replies:
+            return []
+        images = sum(of_site["images"] for of_site in figures.values())
+        update = update_of(replies[0].content, self.order, self.layouts, images)
+        loss = {name: value for name, value in update.figures.items() if name == "loss"}
+        self._knows_rest |= {node for node, name in self._names.items() if name in figures}
+        for site in list(self.record.sites):
+            if site in figures:
+                self.record.sites[site] |= figures[site] | loss
+            else:
+                self.record.sites.pop(site)
+        return [(replies[0], update)]
 
     def _without_giants(self, good: list[tuple[Message, Update]]) -> list[tuple[Message, Update]]:
         """Leave out updates that are far longer than the others'; with two or fewer there is no telling."""
@@ -237,6 +268,7 @@ class SiteRounds(Strategy):
         arrays = {"weights": self.model.weights, "norm": self.model.norm}
         if self.average is not None:
             arrays |= {"average.weights": self.average.weights, "average.norm": self.average.norm}
+        arrays["clip"] = np.array(self.order.clip)
         for name in _STATE:
             value = getattr(self.inner, name, None)
             if isinstance(value, dict):
@@ -252,6 +284,7 @@ class SiteRounds(Strategy):
         self.model = Model(arrays["weights"], arrays["norm"], self.model.rest)
         if "average.weights" in arrays:
             self.average = Model(arrays["average.weights"], arrays["average.norm"], self.model.rest)
+        self.order = self.order.model_copy(update={"clip": float(arrays["clip"])})
         for name in _STATE:
             value: Any = arrays.get(f"strategy.{name}")
             if value is not None:

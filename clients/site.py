@@ -22,7 +22,7 @@ from dermaflow.errors import DataError
 from dermaflow.evaluation.crosssite import Reliability, count_test, reliability_of
 from dermaflow.learning.backbones import BackboneConfig, Network, build
 from dermaflow.learning.inference import predict
-from dermaflow.learning.linear_head import ClassSums, class_sums
+from dermaflow.learning.linear_head import ClassSums, class_sums, scale_losses
 from dermaflow.learning.local import class_counts, memory_feed
 from dermaflow.learning.loop import Batch, Feed, Run, fit
 from dermaflow.learning.optimisation import Scope, pick_device
@@ -175,6 +175,11 @@ class Site:
         """Sums of the features of the training split."""
         _, features = self._predict(self.network(order, model), order, "train")
         return class_sums(features, self.data.labels("train"))
+
+    def scale_losses(self, order: Order, model: Model) -> np.ndarray:
+        """Sums of the log loss of the calibration split, for the scale of a head from sums."""
+        logits, _ = self._predict(self.network(order, model), order, "calibration")
+        return scale_losses(logits, self.data.labels("calibration"))
 
     def evaluate(self, order: Order, model: Model) -> dict[str, np.ndarray]:
         """Counts of the final model on the test split; what it says of the calibration split is kept here for later.

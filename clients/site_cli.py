@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from clients.audit import entries
 from clients.policy import approve as approve_app
 from clients.policy import load_policy
 from clients.site_config import AUDIT_NAME, SiteConfig, load_site, make_site
+from dermaflow.audit import entries
 from dermaflow.cli.console import command, console
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clients.audit import AuditLog
 from clients.site_config import AUDIT_NAME, load_site
 from dermaflow import storage
+from dermaflow.audit import AuditLog
 
 STATE_NAME = "run/supernode.json"
 SECRET_NAME = "run/secret"

@@ -6,9 +6,12 @@ import logging
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from dermaflow.logs import JsonLines
 
 
 class Settings(BaseSettings):
@@ -21,6 +24,8 @@ class Settings(BaseSettings):
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="CPU threads of a process.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_format: Literal["text", "json"] = Field("text", description="json: an object a line, with the run's id.")
+    pushgateway: str | None = Field(None, description="Pushgateway for figures of batches: http://host:9091.")
 
 
 @lru_cache
@@ -31,7 +36,8 @@ def settings() -> Settings:
 
 def start_logging() -> None:
     """Send log lines to stderr with a time; called once by commands and workers."""
-    logging.basicConfig(
-        level=settings().log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
-    )
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(JsonLines() if settings().log_format == "json" else text)
+    logging.basicConfig(level=settings().log_level, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request, and Flower sends its own log by requests

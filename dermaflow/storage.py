@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
 
@@ -31,11 +32,17 @@ def locate(uri: str | Path) -> tuple[pafs.FileSystem, str]:
     """The file system of an address and the path within it.
 
     Raises:
-        StorageError: The scheme is not known.
+        StorageError: The scheme is not known, or the address holds keys.
     """
     text = str(uri)
     if not is_remote(text):
         return pafs.LocalFileSystem(), str(Path(text).absolute())
+    at = urlsplit(text)
+    if at.username or at.password:  # it would stand in plans, logs and parameters of flows
+        raise StorageError(
+            "keys in an address", where=f"{at.scheme}://…@{at.hostname}{at.path}", expected="s3://bucket/prefix",
+            todo="give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by a profile or a role",
+        )  # fmt: skip
     try:
         return pafs.FileSystem.from_uri(text)
     except (OSError, ValueError) as error:
@@ -167,6 +174,48 @@ def copy_folder(source: str | Path, target: str | Path) -> None:
     target_fs, target_path = locate(target)
     target_fs.create_dir(target_path, recursive=True)
     pafs.copy_files(source_path, target_path, source_filesystem=source_fs, destination_filesystem=target_fs)
+
+
+@contextlib.contextmanager
+def output_folder(uri: str | Path, last: str | None = None) -> Iterator[Path]:
+    """A local folder to write into; what an address names is sent there when the block ends without an error.
+
+    For a local path it is the folder itself. For an address it lies among the temporary files, under a name that the
+    address gives: after an error it stays, so that the same command goes on with it.
+
+    Args:
+        uri: Local folder or ``s3://`` address.
+        last: File that makes the folder whole to its readers; it is taken away first and sent last.
+
+    Raises:
+        StorageError: A file could not be sent; the local folder stays.
+    """
+    if not is_remote(uri):
+        yield Path(uri)
+        return
+    name = str(uri).rstrip("/").rpartition("/")[2]
+    work = Path(tempfile.gettempdir(), f"dermaflow-{sha256(str(uri).encode())[:16]}")
+    work.mkdir(mode=0o700, exist_ok=True)
+    yield work / name
+    _mirror(work / name, uri, last)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _mirror(folder: Path, uri: str | Path, last: str | None) -> None:
+    """Make an address hold the files of a local folder and no others."""
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    if last is not None:
+        delete(join(uri, last))
+        files.sort(key=lambda file: file == last)
+    for file in files:
+        with open_atomic(join(uri, file)) as stream, (folder / file).open("rb") as content:
+            shutil.copyfileobj(content, stream, 8 << 20)
+    filesystem, path = locate(uri)
+    with _readable(uri):
+        there = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    for entry in there:
+        if entry.is_file and entry.path[len(path.rstrip("/")) + 1 :] not in files:
+            filesystem.delete_file(entry.path)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from prefect.context import TaskRunContext
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
 
+from dermaflow import monitoring
+from dermaflow.logs import JsonLines, join_run
 from dermaflow.settings import settings
 
 _LOGGERS = ("dermaflow", "ray")
@@ -26,10 +29,16 @@ def library_run() -> Iterator[None]:
 
     A cancelled run (SIGTERM from Prefect's runner) and Ctrl-C are exceptions in the main thread, so they pass here too.
     """
+    join_run(flow_run.id)
+    began, state = time.monotonic(), "completed"
     with _run_logs():
         try:
             yield
+        except BaseException as error:
+            state = "failed" if isinstance(error, Exception) else "cancelled"  # signals are no Exception
+            raise
         finally:
+            monitoring.flow_ended(flow_run.flow_name, state, time.monotonic() - began)
             if cluster := sys.modules.get("dermaflow.preparation.cluster"):  # loaded only where Ray was used
                 cluster.disconnect()
 
@@ -80,6 +89,11 @@ def _run_logs() -> Iterator[None]:
             handler.addFilter(_Stamp(UUID(flow_run.id)))
             logger.addHandler(handler)
             attached.append((logger, handler))
+    if settings().log_format == "json":  # Prefect's own lines on the console, too
+        for name in (None, "prefect", "prefect.flow_runs", "prefect.task_runs"):
+            for console in logging.getLogger(name).handlers:
+                if not isinstance(console, APILogHandler):
+                    console.setFormatter(JsonLines())
     library = logging.getLogger("dermaflow")
     level = library.level
     library.setLevel(settings().log_level)

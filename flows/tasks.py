@@ -14,22 +14,31 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.task_engine import TaskRunTimeoutError
 
 from dermaflow import storage
-from dermaflow.bundles.bundle import LoadedBundle
-from dermaflow.errors import FederationError, StorageError
+from dermaflow.bundles.bundle import LoadedBundle, load_bundle
+from dermaflow.bundles.registry import Registry
+from dermaflow.datasets.growth import grow
+from dermaflow.errors import FederationError, RegistryError, StorageError
+from dermaflow.evaluation.arrivals import measure
+from dermaflow.evaluation.frozen import check_unseen, freeze
 from dermaflow.evaluation.run import PREDICTIONS_NAME, evaluate_bundle, predict_test
 from dermaflow.learning.recipe import Recipe
 from dermaflow.learning.train import train
 from dermaflow.preparation.prepare import prepare
 from dermaflow.preparation.reading import ShardFolder
 from dermaflow.scoring.bulk import score
+from dermaflow.scoring.planning import resolve_model
+from dermaflow.trust.drift import Measures
 from flows.agreed import Rule, decide_on_test
 from flows.caching import Output, model_identity, report_identity, scoring_identity, shards_identity
 from flows.command import dermaflow
+from flows.cycle import Turn, known_hashes
 from flows.promotion import Decision, decide
 from flows.running import interruptible
 
 RETRY_AFTER = [10, 60, 300]
 """Seconds before each further try: a hiccup of a network drive, the restart of a store."""
+WITHOUT_RAY = 1000
+"""New images up to which Ray's start costs more than it saves."""
 _LASTING = (TaskRunTimeoutError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -90,6 +99,69 @@ def score_source(source: str, output: str, model: str, patients: str | None) -> 
 def register_model(model: str, registry: str, by: str) -> Decision:
     """Add a model to the registry and promote it if it is the better one; doing it twice changes nothing."""
     return decide(model, registry, by)
+
+
+_TURN = _CAREFUL | {"persist_result": False}  # what a turn has done stands in its folder
+
+
+@task(name="measure arrivals", **_TURN)
+def measure_arrivals(turn: Turn) -> Measures:
+    """Score new images with the champion and measure drift."""
+    place = turn.place("measures.json")
+    if place.exists():
+        return Measures.model_validate_json(place.read_bytes())
+    champion = turn.cycle.champion_uri
+    if count := turn.write_inputs():
+        with interruptible():
+            score(
+                str(turn.place("inputs.csv")), str(turn.place("findings")), model=champion,
+                use_ray=False if count <= WITHOUT_RAY else None,
+            )  # fmt: skip
+    found = measure(turn.findings(), turn.labels(), resolve_model(champion).bundle)
+    storage.write_bytes(place, found.model_dump_json(indent=1).encode())
+    return found
+
+
+@task(name="grow", **_TURN)
+def grow_shards(turn: Turn, data: Path, shards: str) -> str:
+    """Add newly labelled images to archive and shards, where no lesion changes its split; returns the data hash."""
+    landed, archive, manifest = turn.landed(), turn.out / "archive", ShardFolder(shards).manifest
+    count = grow(archive, data, turn.labels(), dict(zip(landed["image_id"], landed["uri"], strict=True)))
+    with interruptible():
+        done = prepare(
+            archive, shards, seed=manifest.seed, fractions=manifest.fractions, folds=manifest.folds,
+            use_ray=False if count + sum(shard.rows for shard in manifest.shards) <= WITHOUT_RAY else None,
+        )  # fmt: skip
+    return done.manifest.data_hash
+
+
+@task(name="predict champion", **_TURN)
+def predict_champion(turn: Turn, shards: str) -> None:
+    """The champion's probabilities on the test split, after making sure that it never learnt from the frozen part."""
+    place, folder = turn.place("champion.parquet"), ShardFolder(shards)
+    if place.exists():
+        return
+    champion = load_bundle(turn.cycle.champion_uri)
+    check_unseen(champion, freeze(folder, turn.out / "frozen.parquet"), known_hashes(turn.out))
+    predictions = predict_test(champion, folder, lambda step, done, total: None)
+    with storage.open_atomic(place) as stream:
+        pq.write_table(pa.Table.from_pandas(predictions, preserve_index=False), stream)
+
+
+@task(name="promote", **_TURN)
+def promote_challenger(turn: Turn, model: str, registry: str, holds: bool, reason: str, by: str) -> Decision:
+    """Add the challenger to the registry; if the rule holds, promote it in place of the champion of this turn."""
+    models = Registry(registry)
+    version, champion = models.add(model), turn.cycle.champion
+    done = any((e.from_version, e.to_version) == (champion, version.id) for e in models.history())  # before a kill
+    if holds and not done:
+        try:
+            models.promote(version.id, reason=reason, by=by, instead_of=champion)
+        except RegistryError as error:
+            if models.champion() == models.show(champion):
+                raise
+            holds, reason = False, f"{reason}. It is not promoted: {error}"
+    return Decision(version=version.id, promoted=holds, reason=reason)
 
 
 @task(name="federate", **_CAREFUL | {"persist_result": False, "retry_condition_fn": can_go_on})

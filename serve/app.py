@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ray import serve
@@ -40,7 +41,7 @@ def bind(options: Options, model: Chosen) -> Application:
     Deployed again with another model and the same options, only the classifiers' user config differs: Serve
     reconfigures them and restarts nothing. That is what the version of each deployment is for.
     """
-    same = storage.sha256(f"{__version__} {options.model_dump_json(exclude={'model'})}".encode())[:16]
+    same = storage.sha256(f"{__version__} {json.dumps(options.to_send())}".encode())[:16]
 
     def deployment(of: type[Any], cpus: float, **choices: Any) -> Any:
         actor = {"num_cpus": cpus} | ({"num_gpus": choices.pop("gpus")} if choices.get("gpus") else {})
@@ -65,4 +66,4 @@ def bind(options: Options, model: Chosen) -> Application:
         # the ingress counts by itself, and refuses in our words; Serve's limits only catch what gets past it
         max_ongoing_requests=2 * limits.in_flight + limits.streams + 64, max_queued_requests=4 * limits.in_flight,
     )  # fmt: skip
-    return ingress.bind(options.model_dump(mode="json", exclude={"model"}), classifier, recommender)  # type: ignore[no-any-return]
+    return ingress.bind(options.to_send(), classifier, recommender)  # type: ignore[no-any-return]

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import SecretStr
 from rich.markup import escape
 
-from dermaflow.cli.console import command, console, print_table
+from dermaflow.cli.console import command, console, local_only, print_table
 from serve.access import SCOPES, add_key, is_loopback, read_keys, revoke_key
 from serve.models import Chosen, choose
 from serve.options import Oidc, Options, ServeError, checked
@@ -44,7 +45,12 @@ def main(
     state: Annotated[Path, typer.Option(help="Folder for batches, uploads, results, audit log.")] = Path("runs/serve"),
     keys: Annotated[Path | None, typer.Option(help="File of hashed keys: `dermaflow serve keys add`.")] = None,
     database: Annotated[
-        str | None, typer.Option(help="Batches' table, postgresql+psycopg://…; default SQLite in the state folder.")
+        str | None,
+        typer.Option(
+            envvar="DERMAFLOW_DATABASE",
+            show_envvar=True,
+            help="Batches' table, postgresql+psycopg://…; default SQLite in the state folder.",
+        ),
     ] = None,
     source: Annotated[
         list[str] | None, typer.Option(help="Folder or s3:// prefix that a batch may name. Repeatable.")
@@ -71,7 +77,8 @@ def main(
                 raise typer.BadParameter("--oidc-jwks needs --oidc-issuer and --oidc-audience")
             oidc = Oidc(jwks=oidc_jwks, issuer=oidc_issuer, audience=oidc_audience)
         options = Options(
-            model=model, state=state, keys=keys, database=database, sources=tuple(source or ()), replicas=replicas,
+            model=model, state=state, keys=keys, sources=tuple(source or ()), replicas=replicas,
+            database=None if database is None else SecretStr(database),
             gpus=gpus, batch=batch, jobs=jobs, rate=rate, oidc=oidc, open=keys is None and oidc is None,
         )  # fmt: skip
         run(options, host, port, tls_cert, tls_key)
@@ -84,6 +91,7 @@ def run(options: Options, host: str, port: int, cert: Path | None = None, key: P
     Raises:
         ServeError: The address needs keys, or is taken; a certificate without its key.
     """
+    local_only(options.state, "--state")
     check_host(options, host)
     checked(options)
     if (cert is None) != (key is None):

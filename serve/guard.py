@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dermaflow.logs import log_ids
 from serve.access import Caller, is_loopback
 from serve.errors import Refused, busy
 
@@ -73,6 +74,10 @@ class Guard:
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         visit = scope[KEY] = Visit(request_id, time.monotonic())
         answer = _Answer(self, scope, visit, send)
+        with log_ids(request_id=request_id):
+            await self._answer(scope, receive, answer, visit)
+
+    async def _answer(self, scope: Scope, receive: Receive, answer: _Answer, visit: Visit) -> None:
         try:
             self._refuse_strangers(Headers(scope=scope))
             with self._place(scope["path"]):
@@ -86,7 +91,7 @@ class Guard:
         except Exception as error:
             # where, not what: a message may repeat what was sent
             place = "".join(traceback.format_tb(error.__traceback__, limit=-4))
-            log.error("request %s failed: %s\n%s", request_id, type(error).__name__, place)
+            log.error("request %s failed: %s\n%s", visit.request_id, type(error).__name__, place)
             await answer.refuse(Refused(500, "internal", "something went wrong here", todo="report the request id"))
 
     def _seconds(self, scope: Scope) -> float | None:

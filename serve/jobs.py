@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from dermaflow.errors import DermaflowError
+from serve.migrations import NewerSchema, migrate
 
 _metadata = sa.MetaData()
 _batches = sa.Table(
@@ -91,8 +92,13 @@ class JobStore:
             sa.event.listen(self._engine, "connect", _careful)
         for last in (False, True):
             try:
-                _metadata.create_all(self._engine)
+                migrate(self._engine, _metadata)
                 break
+            except NewerSchema as error:
+                raise JobError(
+                    str(error), where=at.render_as_string(hide_password=True), expected="a table of this version",
+                    todo="install the DermaFlow that it was last used with, or a newer one",
+                ) from error  # fmt: skip
             except DBAPIError as error:
                 if not last:  # two replicas that start at once may both try to make the table; the second look finds it
                     time.sleep(0.5)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from dermaflow.errors import DermaflowError
 
@@ -55,7 +55,10 @@ class Options(_Strict):
 
     model: str = Field("champion", description="bundle folder or address, or a version of the registry")
     state: Path = Field(Path("runs/serve"), description="jobs, uploads, results, audit log")
-    database: str | None = Field(None, description="SQLAlchemy address of the jobs; default SQLite in the state folder")
+    database: SecretStr | None = Field(
+        None, description="SQLAlchemy address of the jobs; default SQLite in the state folder. It may hold a password: "
+        "better in PGPASSFILE"
+    )  # fmt: skip
     keys: Path | None = Field(None, description="file of hashed keys")
     oidc: Oidc | None = None
     open: bool = Field(False, description="ask for no key; only for a service bound to loopback")
@@ -80,14 +83,23 @@ class Options(_Strict):
     @model_validator(mode="after")
     def _absolute(self) -> Options:
         """Replicas start in another folder than the one the path was written for."""
-        object.__setattr__(self, "state", self.state.absolute())
+        if ":/" not in str(self.state):  # an address is refused by who starts the service
+            object.__setattr__(self, "state", self.state.absolute())
         if self.keys is not None:
             object.__setattr__(self, "keys", self.keys.absolute())
         return self
 
     @property
     def database_url(self) -> str:
-        return self.database or f"sqlite:///{self.state / 'jobs.sqlite'}"
+        if self.database is not None:
+            return self.database.get_secret_value()
+        return f"sqlite:///{self.state / 'jobs.sqlite'}"
+
+    def to_send(self) -> dict[str, Any]:
+        """All but the model as JSON, for the process of a replica; the password is in the clear here only."""
+        return self.model_dump(mode="json", exclude={"model"}) | {
+            "database": None if self.database is None else self.database.get_secret_value()
+        }
 
 
 def checked(options: Options) -> Options:

@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 
 from dermaflow import storage
 from dermaflow.errors import DermaflowError
+from dermaflow.logs import join_run, log_ids
 from dermaflow.scoring.plan import read_status
 from serve.jobs import Job, JobStore
 
@@ -164,17 +165,22 @@ class Runner:
     def run(self, job_id: str) -> None:
         """Score, and write down how it ended; then this process ends."""
         job = self._jobs.get(job_id)
+        join_run(job_id)  # the processes that score for it log under its name
+        with log_ids(batch_id=job_id):
+            self._run(job)
+        ray.actor.exit_actor()
+
+    def _run(self, job: Job | None) -> None:
         if job is not None and job.state == "running":
             try:
                 self._score(job)
             except DermaflowError as error:
-                self._jobs.fail(job_id, said(error, job))
+                self._jobs.fail(job.id, said(error, job))
             except Exception as error:
-                log.exception("batch %s failed", job_id)
-                self._jobs.fail(job_id, f"internal error: {type(error).__name__}; the log of the service says more")
+                log.exception("batch %s failed", job.id)
+                self._jobs.fail(job.id, f"internal error: {type(error).__name__}; the log of the service says more")
             else:
-                self._jobs.finish(job_id)
-        ray.actor.exit_actor()
+                self._jobs.finish(job.id)
 
     def process(self) -> int:
         import os

@@ -2,19 +2,24 @@
 
     models/<name>-<first ten digits of the bundle's hash>/   a bundle; never changed
     history/0001-<time>-<random>.json                        one promotion or rollback each; never changed
-    champion.json                                            the latest of them
+    champion.json                                            the latest of them, for people and other programs
+    promotion.lock                                           in a local folder: one promotion or rollback at a time
 
 A version is named by its content, so two writers cannot take one number and adding a bundle twice changes nothing. The
-registry lies in a local folder or under ``s3://bucket/prefix`` and needs no lock: an upload counts once its
-``bundle.sha256`` is there, which is written last, and the champion can always be read again from the history.
+registry lies in a local folder or under ``s3://bucket/prefix``. An upload counts once its ``bundle.sha256`` is there,
+which is written last. The champion is what the history says last, so a writer that is killed between the two files
+leaves no doubt. Whoever decides by comparing with a champion says which one (``instead_of``) and is refused when it is
+another by then; on an object store, which has no lock, this is checked right before the entry is written.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -164,33 +169,44 @@ class Registry:
         champion = self._champion_id()
         return None if champion is None else self._read(champion, champion)
 
-    def promote(self, version: str, *, reason: str, by: str) -> Version:
+    def promote(self, version: str, *, reason: str, by: str, instead_of: str | None = None) -> Version:
         """Make a model the champion, after checking every byte of it. Promoting the champion changes nothing.
 
         Args:
             version: As in `show`.
             reason: Why, for the history.
             by: Who decides.
+            instead_of: Id of the champion that the model was compared with.
 
         Raises:
-            RegistryError: No such model, or reason or name are blank.
+            RegistryError: No such model, reason or name are blank, or the champion is another than `instead_of`.
             BundleError: The model is damaged.
         """
-        champion = self._champion_id()
-        chosen = self._resolve(version, champion)
-        return self._read(champion, champion) if chosen == champion else self._appoint("promote", chosen, reason, by)
+        with self._alone():
+            champion = self._champion_id()
+            chosen = self._resolve(version, champion)
+            if chosen == champion:
+                return self._read(champion, champion)
+            return self._appoint("promote", chosen, reason, by, instead_of)
 
-    def rollback(self, *, reason: str, by: str) -> Version:
+    def rollback(self, *, reason: str, by: str, instead_of: str | None = None) -> Version:
         """Make the champion before the present one the champion again.
 
         Args:
             reason: Why, for the history.
             by: Who decides.
+            instead_of: Id of the champion that is to go, so that two who roll back at once go back one step only.
 
         Raises:
-            RegistryError: There was none before, or reason or name are blank.
+            RegistryError: There was none before, reason or name are blank, or the champion is another than
+                `instead_of`.
             BundleError: The earlier model is damaged.
         """
+        with self._alone():
+            return self._appoint("rollback", self._before(), reason, by, instead_of)
+
+    def _before(self) -> str:
+        """The champion before the present one."""
         line = []  # champions one can go back to, the present one last
         for entry in self.history():
             if entry.action == "promote":
@@ -202,7 +218,7 @@ class Registry:
             raise RegistryError(
                 "no earlier champion to go back to", where=self.uri, todo="promote another model instead"
             )
-        return self._appoint("rollback", line[-2], reason, by)
+        return line[-2]
 
     def history(self) -> Sequence[Promotion]:
         """Every promotion and rollback, the first one first."""
@@ -243,6 +259,27 @@ class Registry:
         write_files(to, files)
         return found
 
+    def verify(self) -> int:
+        """Read every byte of every model and the whole history, after a restore for instance.
+
+        Returns:
+            Number of models.
+
+        Raises:
+            BundleError: A model is damaged or incomplete.
+            RegistryError: An entry of the history is damaged, or names a model that is not there.
+        """
+        ids = self._ids()
+        for version in ids:
+            read_files(self._place(version))
+        for entry in self.history():
+            if entry.to_version not in ids:
+                raise RegistryError(
+                    f"the history names {entry.to_version}", where=self.uri, expected="every model that was a champion",
+                    todo="restore its folder under models/ from a backup",
+                )  # fmt: skip
+        return len(ids)
+
     def _place(self, version: str, *file: str) -> str:
         return storage.join(self.uri, "models", version, *file)
 
@@ -281,14 +318,30 @@ class Registry:
         added = storage.info(self._place(version, DIGEST_NAME)).mtime
         return Version(version, sha256, added.astimezone(UTC), bundle, version == champion)
 
-    def _appoint(self, action: Literal["promote", "rollback"], version: str, reason: str, by: str) -> Version:
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep every other promotion of a local registry waiting until the block ends."""
+        if storage.is_remote(self.uri) or not Path(self.uri).is_dir():
+            yield
+            return
+        with Path(self.uri, "promotion.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file gives it free, and so does the end of the process
+            yield
+
+    def _appoint(
+        self, action: Literal["promote", "rollback"], version: str, reason: str, by: str, instead_of: str | None
+    ) -> Version:
         if not reason.strip() or not by.strip():
             raise RegistryError("reason or name is blank", todo="say why, and who decides: it goes into the history")
         read_files(self._place(version))  # a damaged model never becomes the champion
+        champion = self._champion_id()
+        if instead_of not in (None, champion):
+            raise RegistryError(
+                f"the champion is {champion} by now", where=self.uri, expected=instead_of,
+                todo="compare with the new champion: dermaflow models history, dermaflow models compare",
+            )  # fmt: skip
         now = datetime.now(UTC)
-        entry = Promotion(
-            action=action, at=now, by=by, reason=reason, from_version=self._champion_id(), to_version=version
-        )
+        entry = Promotion(action=action, at=now, by=by, reason=reason, from_version=champion, to_version=version)
         number = len(self._history_places()) + 1
         name = f"{number:04d}-{now:%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}.json"  # no two writers share a name
         storage.write_bytes(storage.join(self.uri, "history", name), entry.model_dump_json(indent=2).encode())
@@ -314,7 +367,7 @@ class Registry:
         return self._entry(places[-1]) if places else None
 
     def _champion_id(self) -> str | None:
-        appointed = self._pointer() or self._latest()  # a lost pointer is rebuilt from the history
+        appointed = self._latest() or self._pointer()  # the pointer of a writer that was killed may be of yesterday
         return None if appointed is None else appointed.to_version
 
     def _entry(self, place: str) -> Promotion:

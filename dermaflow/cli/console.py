@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from rich.console import Console
@@ -20,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dermaflow.errors import DermaflowError
+from dermaflow.errors import DataError, DermaflowError
 from dermaflow.settings import start_logging
 
 console = Console()
@@ -37,6 +39,9 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         start_logging()
         try:
+            for name, value in kwargs.items():
+                if isinstance(value, Path):
+                    local_only(value, f"--{name.replace('_', '-')}")
             return function(*args, **kwargs)
         except DermaflowError as error:
             errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
@@ -47,6 +52,20 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             raise SystemExit(130) from None
 
     return wrapped
+
+
+def local_only(path: Path, option: str) -> None:
+    """Refuse an address where a local path is taken: it would make a folder called ``s3:``.
+
+    Raises:
+        DataError: It is one.
+    """
+    if scheme := re.match(r"[a-z][a-z0-9+]+:/", str(path)):
+        raise DataError(
+            str(path).replace(":/", "://", 1), where=option,
+            expected=f"a local path: what lies there is locked or changed in place, which {scheme[0]}/ cannot do",
+            todo="name a local path, and copy it there afterwards",
+        )  # fmt: skip
 
 
 class Bars:

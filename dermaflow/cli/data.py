@@ -93,3 +93,60 @@ def check(
         console.print("no problems found")
     if strict and sheet.problems:
         raise DataError(f"{len(sheet.problems)} kinds of problems", where=folder, todo="see the list above")
+
+
+Repeated = list[str] | None
+
+
+@app.command()
+@command
+def forget(
+    by: Annotated[str, typer.Option(help="Who has it done, for the log.")],
+    patient: Annotated[Repeated, typer.Option(help="Id of a person: all their lesions and images. Repeatable.")] = None,
+    lesion: Annotated[Repeated, typer.Option(help="Id of a lesion: all its images. Repeatable.")] = None,
+    image: Annotated[Repeated, typer.Option(help="Id of an image. Repeatable.")] = None,
+    shards: Annotated[Repeated, typer.Option(help="Folder of `prepare`, local or s3://. Repeatable.")] = None,
+    run: Annotated[Repeated, typer.Option(help="Folder of `score`, local or s3://. Repeatable.")] = None,
+    report: Annotated[Repeated, typer.Option(help="Folder of `evaluate`. Repeatable.")] = None,
+    pathways: Annotated[Repeated, typer.Option(help="Folder of `recommend`. Repeatable.")] = None,
+    state: Annotated[Repeated, typer.Option(help="State folder of `serve`: all finished batches. Repeatable.")] = None,
+    registry: Annotated[str | None, typer.Option(help="Whose models to list; default DERMAFLOW_REGISTRY.")] = None,
+    log: Annotated[Path, typer.Option(help="Folder of the log that says what was forgotten.")] = Path("runs/forgotten"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without it, only say what would go.")] = False,
+) -> None:
+    """Remove a person, a lesion or an image from shards, findings, pathways, reports, batches; list models that saw it.
+
+    Cut off? Run the same command again: it does the rest. Weights are left as they are: decide about the models listed.
+
+    Example: dermaflow data forget --patient P17 --run runs/scored --state runs/serve --by "Ada Byron" --yes
+    """
+    from dermaflow.forgetting.forget import LOG_NAME, Places, Records, look
+    from dermaflow.forgetting.forget import forget as do
+    from dermaflow.forgetting.places import Ids
+
+    asked = Ids(patients=frozenset(patient or ()), lesions=frozenset(lesion or ()), images=frozenset(image or ()))
+    places = Places(shards=tuple(shards or ()), runs=tuple(run or ()), reports=tuple(report or ()),
+                    pathways=tuple(pathways or ()), states=tuple(state or ()))  # fmt: skip
+    records = Records(log)
+    found = look(asked, places, records, registry=registry or settings().registry, by=by)
+    if found.resumed:
+        console.print("begun earlier and cut off; this is what it found then")
+    rows = [
+        [place, ", ".join(f"{kind} {count}" for kind, count in counts.items()) or "nothing"]
+        for place, counts in found.order.counts.items()
+    ]
+    print_table("removed" if yes else "would be removed", ["place", "what"], rows)
+    for name, why in found.order.models.items():
+        console.print(f"[yellow]![/] model {name} saw it ({why}): decide whether to train anew", soft_wrap=True)
+    for folder in found.unfinished:
+        console.print(f"[yellow]![/] {folder}: not finished, not looked at", soft_wrap=True)
+    if found.empty and not found.resumed:
+        console.print("nothing of it is here")
+    elif not yes:
+        console.print("nothing was changed; do it with --yes")
+    else:
+        with bars() as show:
+            done = iter(range(1, len(rows) + 1))
+            entry = do(found, records, progress=lambda place: show("forget", next(done), len(rows)))
+        console.print(f"{log / LOG_NAME}: entry {entry}", soft_wrap=True)
+        console.print("the archive that was prepared or scored is yours: delete it there too, or it comes back")

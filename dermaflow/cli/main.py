@@ -11,6 +11,7 @@ import yaml
 
 from dermaflow import __version__
 from dermaflow.cli import data as data_commands
+from dermaflow.cli import doctor as doctor_commands
 from dermaflow.cli import models as model_commands
 from dermaflow.cli import pathways as pathway_commands
 from dermaflow.cli import recommend as recommend_commands
@@ -40,6 +41,7 @@ app.command()(trust_commands.explain)
 app.command()(score_commands.score)
 app.command()(recommend_commands.recommend)
 app.command()(recommend_commands.sign)
+app.command()(doctor_commands.doctor)
 for _entry in entry_points(group="dermaflow.commands"):  # of packages that the library does not know, as `serve`
     app.add_typer(_entry.load(), name=_entry.name)
 
@@ -106,7 +108,7 @@ def prepare(
 def train(
     shards: Shards,
     recipe: Annotated[str, typer.Option(help="ham10000-cpu, ham10000-seed, demo, or a .yaml file.")],
-    out: Annotated[Path, typer.Option(help="Folder of the model bundle to write.")],
+    out: Annotated[str, typer.Option(help="Folder of the model bundle to write, local or s3://.")],
     weights: Annotated[Path | None, typer.Option(help="First weights of the backbone (.pth, .safetensors).")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Ray Train workers; without it, this process trains, without Ray.")
@@ -121,14 +123,16 @@ def train(
 
     Example: dermaflow train --shards runs/shards --recipe ham10000-cpu --out runs/model
     """
+    from dermaflow import storage
     from dermaflow.learning.recipe import load_recipe
     from dermaflow.learning.train import train as run
+    from dermaflow.schemas.bundle import DIGEST_NAME
 
     chosen = load_recipe(recipe, _changes(set_ or []))
     epochs = chosen.optim.head_epochs + chosen.optim.epochs
-    with bars() as show:
+    with bars() as show, storage.output_folder(out, last=DIGEST_NAME) as folder:
         loaded = run(
-            shards, chosen, out, weights=weights, workers=workers,
+            shards, chosen, folder, weights=weights, workers=workers,
             on_step=lambda epoch, step, steps, loss: show(f"epoch {epoch + 1}/{epochs}", step, steps),
         )  # fmt: skip
     record = loaded.bundle.training
@@ -141,7 +145,9 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Option(help="Model bundle, local or s3://.")],
     shards: Shards,
-    out: Annotated[Path, typer.Option(help="Folder of the report: report.html, metrics.json, predictions.parquet.")],
+    out: Annotated[
+        str, typer.Option(help="Folder of the report, local or s3://: report.html, metrics.json, predictions.parquet.")
+    ],
     recipe: Annotated[str | None, typer.Option(help="Take the section `bootstrap` of this recipe.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the lesion bootstrap; default 0.")] = None,
     resamples: Annotated[int | None, typer.Option(min=1, help="Resamples of it; default 1000.")] = None,
@@ -150,6 +156,7 @@ def evaluate(
 
     Example: dermaflow evaluate --model runs/model --shards runs/shards --out runs/report
     """
+    from dermaflow import storage
     from dermaflow.evaluation.run import evaluate_bundle
     from dermaflow.learning.recipe import BootstrapConfig, load_recipe
 
@@ -157,11 +164,12 @@ def evaluate(
     seed = chosen.seed if seed is None else seed
     resamples = resamples or chosen.resamples
     typed = f"dermaflow evaluate --model {model} --shards {shards} --out {out} --seed {seed} --resamples {resamples}"
-    with bars() as show:
-        found = evaluate_bundle(model, shards, out, seed=seed, resamples=resamples, command=typed, progress=show)
+    with bars() as show, storage.output_folder(out) as folder:
+        found = evaluate_bundle(model, shards, folder, seed=seed, resamples=resamples, command=typed, progress=show)
     rows = [[name.replace("_", " "), f"{value:.4f}"] for name, value in found.headline().items()]
     print_table("on the test split, all images; intervals are in the report", ["figure", "value"], rows)
-    console.print(f"report: {(out / 'report.html').absolute()}", soft_wrap=True)
+    page = storage.join(out, "report.html")
+    console.print(f"report: {page if storage.is_remote(out) else Path(page).absolute()}", soft_wrap=True)
 
 
 @app.command()
@@ -185,9 +193,9 @@ def demo(
          lambda: data_commands.synth(source, images=images, seed=seed, height=150, width=200)),
         ("check it", False, lambda: data_commands.check(source)),
         ("split by lesion, write shards", False, lambda: prepare(str(shards), data=source, seed=seed)),
-        ("train", model.exists(), lambda: train(str(shards), "demo", model)),
-        ("evaluate", (report / "report.html").exists(), lambda: evaluate(str(model), str(shards), report)),
-        ("register and promote", False, lambda: model_commands.add(model, registry=registry)),
+        ("train", model.exists(), lambda: train(str(shards), "demo", str(model))),
+        ("evaluate", (report / "report.html").exists(), lambda: evaluate(str(model), str(shards), str(report))),
+        ("register and promote", False, lambda: model_commands.add(str(model), registry=registry)),
         ("", False, lambda: model_commands.promote("demo", reason="demo", registry=registry)),
         ("", False, lambda: model_commands.list_(registry=registry)),
         ("pathways for the patients of the test split", (pathways / "index.html").exists(),
@@ -210,7 +218,7 @@ def _demo_pathways(report: Path, model: Path, out: Path, seed: int) -> None:
 
     patients = report.parent / "patients.csv"
     draw_patients(pd.read_parquet(report / "predictions.parquet"), seed).to_csv(patients, index=False)
-    recommend_commands.recommend(str(report / "findings.parquet"), str(patients), out, model=str(model))
+    recommend_commands.recommend(str(report / "findings.parquet"), str(patients), str(out), model=str(model))
 
 
 def _changes(pairs: list[str]) -> dict[str, Any]:

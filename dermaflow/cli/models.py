@@ -1,9 +1,8 @@
-"""dermaflow models list | add | show | promote | rollback | compare."""
+"""dermaflow models list | add | show | promote | rollback | history | compare."""
 
 from __future__ import annotations
 
 import getpass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,7 +45,7 @@ def list_(registry: Where = None) -> None:
 @app.command()
 @command
 def add(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder that `dermaflow train` wrote.")],
+    bundle: Annotated[str, typer.Argument(help="Bundle that `dermaflow train` wrote, local or s3://.")],
     name: Annotated[str | None, typer.Option(help="Name of the model; default that of its recipe.")] = None,
     registry: Where = None,
 ) -> None:
@@ -84,7 +83,9 @@ def promote(
     registry: Where = None,
 ) -> None:
     """Make a version the champion; the old one stays, and the history says who changed it and why."""
-    _said(_open(registry).promote(version, reason=reason, by=by))
+    models = _open(registry)
+    before = models.champion()
+    _said(models.promote(version, reason=reason, by=by), before)
 
 
 @app.command()
@@ -94,12 +95,29 @@ def rollback(
     by: Annotated[str, typer.Option(help="Who decides.")] = getpass.getuser(),
     registry: Where = None,
 ) -> None:
-    """Go back to the champion before this one."""
-    _said(_open(registry).rollback(reason=reason, by=by))
+    """Go back to the champion before this one; nothing is deleted, and `promote` brings the later one back."""
+    models = _open(registry)
+    before = models.champion()
+    _said(models.rollback(reason=reason, by=by, instead_of=before.id if before else None), before)
 
 
-def _said(version: Version) -> None:
-    console.print(f"champion: {version.id}")
+def _said(version: Version, before: Version | None) -> None:
+    if before is None or before.id == version.id:
+        console.print(f"champion: {version.id}" + (" already" if before else ""), soft_wrap=True)
+        return
+    console.print(f"champion: {version.id}, in place of {before.id}", soft_wrap=True)
+    console.print("a running `dermaflow serve --model champion` takes it within half a minute", soft_wrap=True)
+
+
+@app.command()
+@command
+def history(registry: Where = None) -> None:
+    """Every promotion and rollback, the first one first: when, who, from which to which, why."""
+    rows = [
+        [f"{entry.at:%Y-%m-%d %H:%M}", entry.action, entry.from_version or "", entry.to_version, entry.by, entry.reason]
+        for entry in _open(registry).history()
+    ]
+    print_table("champions", ["when (UTC)", "", "from", "to", "by", "why"], rows)
 
 
 @app.command()
@@ -113,3 +131,14 @@ def compare(a: Id, b: Id, registry: Where = None) -> None:
     print_table("recipe", ["", found.a.id, found.b.id], changes)
     if not found.same_data:
         console.print("[yellow]![/] trained on different data: the figures are of different test splits")
+
+
+@app.command()
+@command
+def verify(registry: Where = None) -> None:
+    """Read every byte of every model and check it against its hash; after a restore, or now and then.
+
+    Example: dermaflow models verify --registry s3://hospital/registry
+    """
+    found = _open(registry)
+    console.print(f"{found.uri}: {found.verify()} models, each as it was written", soft_wrap=True)

@@ -18,7 +18,7 @@ LISTED = 10  # most urgent lesions shown on the terminal
 def recommend(
     findings: Annotated[str, typer.Option(help="Findings, Parquet, one row an image.")],
     patients: Annotated[str, typer.Option(help="Patients and lesions: CSV, JSON, JSONL, Parquet or a FHIR Bundle.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[str, typer.Option(help="Folder to write, local or s3://; pathways are signed in local ones.")],
     format_: Annotated[str, typer.Option("--format", help="Some of json,fhir,html; JSON is always written.")] = (
         "json,fhir,html"
     ),
@@ -38,13 +38,15 @@ def recommend(
 
     Example: dermaflow recommend --findings findings.parquet --patients patients.csv --out runs/pathways
     """
+    from dermaflow import storage
+    from dermaflow.pathways.outputs.folder import INDEX, UNMATCHED
     from dermaflow.pathways.outputs.reading import most_urgent_first
     from dermaflow.pathways.run import recommend_files
 
     formats = [name.strip().lower() for name in format_.split(",") if name.strip()]
-    with bars() as show:
+    with bars() as show, storage.output_folder(out) as folder:
         done = recommend_files(
-            findings, patients, out, formats=formats, model=model, allow_unmatched=allow_unmatched,
+            findings, patients, folder, formats=formats, model=model, allow_unmatched=allow_unmatched,
             as_of=as_of.date() if as_of else None, utilities=utilities, progress=show,
         )  # fmt: skip
     if model is None:
@@ -62,18 +64,21 @@ def recommend(
     counts = "  ".join(f"{urgency} {count}" for urgency, count in done.urgencies.items())
     console.print(f"{out}: {len(done.pathways)} lesions   {counts}", soft_wrap=True)
     if done.unmatched:
-        console.print(f"[yellow]![/] {len(done.unmatched)} without a counterpart, see {out / 'unmatched.csv'}")
+        console.print(f"[yellow]![/] {len(done.unmatched)} without a counterpart, see {storage.join(out, UNMATCHED)}")
     if done.outdated:
         console.print(f"[yellow]![/] {len(done.outdated)} signed earlier, changed since: to be signed again")
-    page = out / "index.html"
-    if page.exists():
-        console.print(f"pages: {page.absolute()}", soft_wrap=True)
+    page = storage.join(out, INDEX)
+    if storage.exists(page):
+        console.print(f"pages: {page if storage.is_remote(out) else Path(page).absolute()}", soft_wrap=True)
+    if storage.is_remote(out):
+        console.print("to sign, copy the folder to a disk: the log of sign-offs needs a lock", soft_wrap=True)
+        return
     console.print(f"next: dermaflow sign {out} --lesion ID --by NAME --decision accepted", soft_wrap=True)
 
 
 @command
 def sign(
-    folder: Annotated[Path, typer.Argument(help="Folder that `dermaflow recommend` wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Local folder that `dermaflow recommend` wrote.")],
     lesion: Annotated[str, typer.Option(help="The lesion.")],
     by: Annotated[str, typer.Option(help="Name of the clinician who decides.")],
     decision: Annotated[str, typer.Option(help="accepted, edited or rejected.")],

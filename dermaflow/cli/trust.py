@@ -20,7 +20,7 @@ FINDING_NAME, HEAT_NAME, OVERLAY_NAME, NEIGHBOURS_NAME = "finding.json", "heat.n
 def calibrate(
     model: Annotated[str, typer.Option(help="Model bundle, local or s3://, of this or an older format.")],
     shards: Annotated[str, typer.Option(help="Folder that `dermaflow prepare` wrote, local or s3://.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new bundle.")],
+    out: Annotated[str, typer.Option(help="Folder of the new bundle, local or s3://.")],
 ) -> None:
     """Fit probabilities, sets, thresholds and the reference for unusual images again, on the shards' calibration split.
 
@@ -28,10 +28,12 @@ def calibrate(
 
     Example: dermaflow calibrate --model runs/model --shards site/shards --out site/model
     """
+    from dermaflow import storage
     from dermaflow.learning.calibration import recalibrate
+    from dermaflow.schemas.bundle import DIGEST_NAME
 
-    with bars() as show:
-        loaded = recalibrate(model, shards, out, progress=show)
+    with bars() as show, storage.output_folder(out, last=DIGEST_NAME) as folder:
+        loaded = recalibrate(model, shards, folder, progress=show)
     fitted = loaded.bundle.calibration
     assert fitted is not None  # just fitted
     policy = ", ".join(f"{name} {value}" for name, value in fitted.policy.model_dump(exclude_none=True).items())

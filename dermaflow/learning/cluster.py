@@ -28,13 +28,14 @@ from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, R
 from ray.train.torch import TorchTrainer, prepare_model
 from ray.util.queue import Queue
 
-from dermaflow import storage
+from dermaflow import monitoring, storage
 from dermaflow.errors import CheckpointError, DataError, DermaflowError, RecipeError
 from dermaflow.learning.backbones import Network, build
 from dermaflow.learning.local import CHECKPOINT_NAME, class_counts, load_checkpoint, validator
 from dermaflow.learning.loop import Batch, Feed, Run, State, check_state, fit
 from dermaflow.learning.optimisation import pick_device
 from dermaflow.learning.recipe import Recipe
+from dermaflow.logs import join_run, run_id
 from dermaflow.preparation.balancing import balance
 from dermaflow.preparation.cluster import connect, own_error
 from dermaflow.preparation.epochs import EpochPlan, read_images
@@ -115,7 +116,7 @@ def fit_on_cluster(
     with _epoch_log() as progress:
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"job": job, "weights": ray.put(network.state_dict())},
+            train_loop_config={"job": job, "weights": ray.put(network.state_dict()), "run": run_id()},
             # A function, so that after a lost worker the images start at the epoch that is resumed.
             datasets={"train": lambda: _images(job, place)},
             dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
@@ -199,6 +200,7 @@ def _earlier(place: Path) -> ray.train.Result | None:
 
 def _work(config: dict[str, Any]) -> str:
     """What every worker runs; returns the name of its device."""
+    join_run(config["run"])
     start_logging()
     job: Job = config["job"]
     recipe, plan = job.recipe, job.plan
@@ -283,6 +285,7 @@ def _epoch_log() -> Iterator[Queue]:
         while (entry := progress.get()) is not None:
             figures = ", ".join(f"{name} {value:.4g}" for name, value in entry.items() if name != "epoch")
             log.info("epoch %d: %s", entry["epoch"], figures)
+            monitoring.epoch_ended(entry)
 
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()

@@ -11,12 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import logsumexp
 
 from dermaflow.errors import DataError
 from dermaflow.taxonomy import CODES
 
 ABSENT = -1e4
 """Bias of a class that no site has."""
+SCALES = 2.0 ** -np.arange(0, 7, 0.5)
+"""Factors of a head's logits to choose from. Its covariance is that of the training images, which it fits too closely:
+its logits are several times too large, and training that goes on from such a head begins with large, wrong steps."""
 
 
 @dataclass(frozen=True)
@@ -77,3 +81,18 @@ def discriminant_head(
     weight[there] = np.linalg.solve(within, means.T).T
     bias[there] = np.log(assumed) - (weight[there] * means).sum(1) / 2
     return weight, bias
+
+
+def scale_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Sum of the log loss over images that the head was not fitted on, with its logits times each of `SCALES`.
+
+    Args:
+        logits: float [N, 7].
+        labels: int [N], places in the taxonomy.
+
+    Returns:
+        float64 [S]; sums of sites add up.
+    """
+    scaled = SCALES[:, None, None] * np.asarray(logits, np.float64)
+    losses: np.ndarray = (logsumexp(scaled, axis=2) - scaled[:, np.arange(len(labels)), labels]).sum(1)
+    return losses

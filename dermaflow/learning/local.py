@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from dermaflow import storage
+from dermaflow import monitoring, storage
 from dermaflow.errors import CheckpointError, RecipeError
 from dermaflow.learning.backbones import Network
 from dermaflow.learning.inference import predict
@@ -102,6 +102,7 @@ def fit_here(
         with storage.open_atomic(checkpoint) as stream:
             torch.save(state(), stream)
         log.info("epoch %d: %s", entry["epoch"], ", ".join(f"{k} {v:.4g}" for k, v in entry.items() if k != "epoch"))
+        monitoring.epoch_ended(entry)
 
     run = Run(
         recipe, memory_feed(pixels, labels, rule, recipe), rule, class_counts(labels) / len(labels),

@@ -6,6 +6,10 @@ found too. Both together can be forged by someone who may write the folder: keep
 
 An entry is about one exact pathway, named by its hash. When other inputs or another model give another pathway, the
 earlier sign-off stays in the log and no longer holds.
+
+When a person is forgotten, their ids in earlier entries become pseudonyms. Such an entry keeps its hash, so the chain
+stays whole, and a `Forgetting` later in the chain names that hash and the one of the new content: any other change of
+an entry is still found.
 """
 
 from __future__ import annotations
@@ -13,13 +17,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dermaflow import storage
 from dermaflow.errors import SignOffError
@@ -30,6 +34,7 @@ FIRST = "0" * 64
 """What the first entry names as the one before it."""
 
 MAX_NAME, MAX_REASON = 120, 2000  # characters
+REMOVED = "(removed)"  # what stands for the reason of a decision about someone who was forgotten
 Decision = Literal["accepted", "edited", "rejected"]
 
 
@@ -58,6 +63,48 @@ class Entry(BaseModel):
         return _hash(self.model_dump(exclude={"sha256"}))
 
 
+class Redacted(BaseModel):
+    """An earlier entry whose ids were replaced."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sequence: int
+    sha256: str  # of the entry as it was written, which it keeps
+    content: str  # digest of the entry as it is now
+
+
+class Forgetting(BaseModel):
+    """That entries about someone were made to name nobody; `dermaflow data forget` writes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sequence: int
+    at: str  # ISO 8601, UTC
+    by: str
+    event: Literal["forgotten"] = "forgotten"
+    entries: tuple[Redacted, ...]
+    previous: str
+    sha256: str = ""
+
+    def digest(self) -> str:
+        """The hash this entry should have."""
+        return _hash(self.model_dump(mode="json", exclude={"sha256"}))
+
+
+_LINE: TypeAdapter[Entry | Forgetting] = TypeAdapter(Entry | Forgetting)
+
+
+class _Chain(NamedTuple):
+    """What a log holds."""
+
+    lines: list[Entry | Forgetting]
+    whole: int  # bytes of the file that they are
+
+    @property
+    def decisions(self) -> list[Entry]:
+        return [line for line in self.lines if isinstance(line, Entry)]
+
+
 def fingerprint(pathway: Pathway) -> str:
     """SHA-256 of a pathway as it was computed, whatever was signed since."""
     return _hash(pathway.model_copy(update={"status": "preliminary", "sign_off": None}).model_dump(mode="json"))
@@ -69,7 +116,7 @@ def read_log(folder: Path) -> list[Entry]:
     Raises:
         SignOffError: A line was changed, moved or removed; the message names the first one.
     """
-    return _read(folder)[0]
+    return _read(folder).decisions
 
 
 class AuditLog:
@@ -77,7 +124,8 @@ class AuditLog:
 
     def __init__(self, folder: Path) -> None:
         self._path, self._head = folder / LOG_NAME, folder / HEAD_NAME
-        self.entries, self._whole = _read(folder)
+        chain = _read(folder)
+        self.entries, self._lines, self._whole = chain.decisions, chain.lines, chain.whole
 
     def sign(
         self, pathway: Pathway, *, by: str, decision: str, reason: str | None = None, at: datetime | None = None
@@ -109,17 +157,57 @@ class AuditLog:
                 todo="say why with --reason; the earlier sign-off stays in the log",
             )  # fmt: skip
         entry = Entry(
-            sequence=len(self.entries) + 1, at=(at or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds"),
+            sequence=len(self._lines) + 1, at=(at or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds"),
             by=name, decision=decision, reason=reason, patient_id=pathway.patient_id, lesion_id=pathway.lesion_id,
             pathway_sha256=fingerprint(pathway), model_sha256=pathway.versions.model_sha256,
             knowledge_sha256=pathway.versions.knowledge_sha256, dermaflow=pathway.versions.dermaflow,
-            amends=earlier.sha256 if earlier else None, previous=self.entries[-1].sha256 if self.entries else FIRST,
+            amends=earlier.sha256 if earlier else None, previous=self._last(),
         )  # fmt: skip
         entry = entry.model_copy(update={"sha256": entry.digest()})
         self._append(entry)
+        self.entries.append(entry)
         return entry
 
-    def _append(self, entry: Entry) -> None:
+    def forget(self, about: Callable[[Entry], bool], pseudonym: Callable[[str], str], *, by: str) -> int:
+        """Put pseudonyms in place of the ids in the entries about someone, and take their reasons out.
+
+        First the chain gets an entry that allows it, then the file is replaced as a whole: killed between the two, the
+        log is whole, and doing it again finishes it.
+
+        Args:
+            about: Whether an entry is one of them.
+            pseudonym: What stands for an id from now on.
+            by: Who has it done.
+
+        Returns:
+            Number of entries changed.
+
+        Raises:
+            StorageError: The log could not be written.
+        """
+        redacted: dict[int, Entry] = {}
+        for entry in filter(about, self.entries):
+            ids = {"patient_id": pseudonym(entry.patient_id), "lesion_id": pseudonym(entry.lesion_id)}
+            redacted[entry.sequence] = entry.model_copy(update=ids | {"reason": entry.reason and REMOVED})
+        if not redacted:
+            return 0
+        note = Forgetting(
+            sequence=len(self._lines) + 1, at=datetime.now(UTC).isoformat(timespec="seconds"), by=by,
+            previous=self._last(),
+            entries=tuple(Redacted(sequence=n, sha256=e.sha256, content=e.digest()) for n, e in redacted.items()),
+        )  # fmt: skip
+        self._append(note.model_copy(update={"sha256": note.digest()}))
+        self._lines = [redacted.get(line.sequence, line) for line in self._lines]
+        self.entries = [line for line in self._lines if isinstance(line, Entry)]
+        content = b"".join(line.model_dump_json().encode() + b"\n" for line in self._lines)
+        storage.write_bytes(self._path, content)
+        self._whole = len(content)
+        return len(redacted)
+
+    def _last(self) -> str:
+        return self._lines[-1].sha256 if self._lines else FIRST
+
+    def _append(self, entry: Entry | Forgetting) -> None:
         line = entry.model_dump_json().encode() + b"\n"
         try:
             with self._path.open("ab") as stream:
@@ -131,7 +219,7 @@ class AuditLog:
         except OSError as error:
             raise SignOffError(f"not signed: {error.strerror}", where=self._path, expected="a writable disk") from error
         self._whole += len(line)
-        self.entries.append(entry)
+        self._lines.append(entry)
         # the head follows the log: after a crash between the two the log is one entry ahead, which is no damage
         storage.write_bytes(self._head, json.dumps({"entries": entry.sequence, "sha256": entry.sha256}).encode())
 
@@ -174,28 +262,34 @@ def _signed(pathway: Pathway, entry: Entry | None) -> Pathway:
     return pathway.model_copy(update={"status": status, "sign_off": sign_off})
 
 
-def _read(folder: Path) -> tuple[list[Entry], int]:
-    """The checked entries, and how many bytes of the file they are."""
+def _read(folder: Path) -> _Chain:
     path = folder / LOG_NAME
     head = _read_head(folder / HEAD_NAME)  # before the log, which may grow meanwhile
     content = path.read_bytes() if path.exists() else b""
-    *lines, rest = content.split(b"\n")
-    entries: list[Entry] = []
+    *texts, rest = content.split(b"\n")
+    lines: list[Entry | Forgetting] = []
+    changed: list[Entry] = []
     previous = FIRST
-    for number, line in enumerate(lines, 1):
+    for number, text in enumerate(texts, 1):
         try:
-            entry = Entry.model_validate_json(line)
+            line = _LINE.validate_json(text)
         except ValidationError:
             raise _tampered(path, number, "is no entry of an audit log") from None
-        if entry.sha256 != entry.digest():
-            raise _tampered(path, number, "was changed: its content does not have its hash")
-        if entry.previous != previous or entry.sequence != number:
+        if line.previous != previous or line.sequence != number:
             raise _tampered(path, number, "does not follow the line before: a line was removed, added or moved")
-        entries.append(entry)
-        previous = entry.sha256
-    if head and (len(entries) < head[0] or entries[head[0] - 1].sha256 != head[1]):
-        raise _tampered(path, len(entries) + 1, f"is missing: {HEAD_NAME} says that {head[0]} entries were written")
-    return entries, len(content) - len(rest)
+        if line.sha256 != line.digest():
+            if not isinstance(line, Entry):
+                raise _changed(path, number)
+            changed.append(line)
+        lines.append(line)
+        previous = line.sha256
+    allowed = {redacted for line in lines if isinstance(line, Forgetting) for redacted in line.entries}
+    for entry in changed:
+        if Redacted(sequence=entry.sequence, sha256=entry.sha256, content=entry.digest()) not in allowed:
+            raise _changed(path, entry.sequence)
+    if head and (len(lines) < head[0] or lines[head[0] - 1].sha256 != head[1]):
+        raise _tampered(path, len(lines) + 1, f"is missing: {HEAD_NAME} says that {head[0]} entries were written")
+    return _Chain(lines, len(content) - len(rest))
 
 
 def _read_head(path: Path) -> tuple[int, str] | None:
@@ -206,6 +300,10 @@ def _read_head(path: Path) -> tuple[int, str] | None:
         return int(head["entries"]), str(head["sha256"])
     except (ValueError, KeyError, TypeError):
         raise SignOffError("not readable", where=path, todo="put it back from a backup, with the log") from None
+
+
+def _changed(path: Path, number: int) -> SignOffError:
+    return _tampered(path, number, "was changed: its content does not have its hash")
 
 
 def _tampered(path: Path, number: int, what: str) -> SignOffError:

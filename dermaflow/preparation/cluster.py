@@ -39,6 +39,7 @@ def connect(cpus: int | None = None) -> None:
                 ray.init(log_to_driver=False)
             else:
                 ray.init(
+                    "local",  # or it would join whatever cluster was last started on this machine
                     num_cpus=cpus or settings().threads,
                     include_dashboard=False,
                     _node_ip_address="127.0.0.1",

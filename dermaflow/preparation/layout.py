@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from dermaflow import storage
 from dermaflow.errors import ShardError
 from dermaflow.schemas.shard import LESIONS_NAME, MANIFEST_NAME, SHARD_SCHEMA, SPLITS, Manifest, ShardFile, Split
+from dermaflow.schemas.versions import check_format
 
 ROWS_A_SHARD = 256
 """Aimed-at rows of a shard: about 64 MB of 600x450 JPEGs, a task of some seconds."""
@@ -56,9 +57,24 @@ def plan_shards(images: pd.DataFrame, buckets: Mapping[Split, int]) -> list[Plan
     for (name, number), rows in images.groupby(["split", numbers], sort=True):
         split = cast(Split, name)
         rows = rows.sort_values("image_id", ignore_index=True)
-        key = hashlib.sha256(rows[_ROW_COLUMNS].to_csv(index=False).encode()).hexdigest()
-        plan.append(PlannedShard(split, f"{split}/{split}-{number:05d}-{key[:12]}.parquet", key, rows))
+        key = content_key(rows)
+        plan.append(PlannedShard(split, shard_path(split, int(str(number)), key), key, rows))
     return plan
+
+
+def content_key(rows: pd.DataFrame) -> str:
+    """SHA-256 over the metadata and image hashes of a shard's rows, which are sorted by image id."""
+    return hashlib.sha256(rows[_ROW_COLUMNS].to_csv(index=False).encode()).hexdigest()
+
+
+def shard_path(split: str, bucket: int, key: str) -> str:
+    """Path of a shard within its folder."""
+    return f"{split}/{split}-{bucket:05d}-{key[:12]}.parquet"
+
+
+def data_hash(shards: Iterable[ShardFile]) -> str:
+    """SHA-256 over the sorted content keys: equal data, equal hash."""
+    return storage.sha256("".join(sorted(shard.content_key for shard in shards)).encode())
 
 
 def as_task(shard: PlannedShard) -> pa.Table:
@@ -83,17 +99,22 @@ def write_shards(tasks: pa.Table, out: str) -> pa.Table:
             name: pa.array(rows[name], SHARD_SCHEMA.field(name).type, from_pandas=True) for name in _ROW_COLUMNS
         }
         table = pa.table(columns, SHARD_SCHEMA)
-        with storage.open_atomic(storage.join(out, path)) as stream:
-            # The images are compressed already; dictionary and statistics serve the small columns only.
-            pq.write_table(
-                table, stream, row_group_size=ROWS_A_GROUP, compression={"image": "none"}
-                | dict.fromkeys(_ROW_COLUMNS, "zstd"), use_dictionary=["dx", "dx_type", "sex", "localization", "site"],
-                write_statistics=["image_id", "lesion_id"],
-            )  # fmt: skip
-        size = storage.file_size(storage.join(out, path))
+        size = write_shard(table, storage.join(out, path))
         split = rows["split"].iloc[0]
         written.append({"path": path, "split": split, "rows": len(rows), "bytes": size, "content_key": key})
     return pa.Table.from_pylist(written)
+
+
+def write_shard(table: pa.Table, uri: str) -> int:
+    """Write the rows of a shard (`SHARD_SCHEMA`); returns its size in bytes."""
+    with storage.open_atomic(uri) as stream:
+        # The images are compressed already; dictionary and statistics serve the small columns only.
+        pq.write_table(
+            table, stream, row_group_size=ROWS_A_GROUP, compression={"image": "none"}
+            | dict.fromkeys(_ROW_COLUMNS, "zstd"), use_dictionary=["dx", "dx_type", "sex", "localization", "site"],
+            write_statistics=["image_id", "lesion_id"],
+        )  # fmt: skip
+    return storage.file_size(uri)
 
 
 def _read_unchanged(path: Path, sha256: str) -> bytes:
@@ -149,8 +170,10 @@ def read_manifest(folder: str | Path) -> Manifest:
             "no manifest", where=folder, expected=f"a finished shard folder with {MANIFEST_NAME}",
             todo=f"run dermaflow prepare --data DIR --out {folder}",
         )  # fmt: skip
+    content = storage.read_bytes(place)
+    check_format(content, Manifest.model_fields["format"].default, place, ShardError)
     try:
-        return Manifest.model_validate_json(storage.read_bytes(place))
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         raise ShardError(f"damaged manifest: {error}", where=place, todo="prepare the folder again") from error
 

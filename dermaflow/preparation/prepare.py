@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from dermaflow import __version__, storage
+from dermaflow import __version__, monitoring, storage
 from dermaflow.datasets.ham10000 import read_ham10000
 from dermaflow.errors import DataError, ShardError
 from dermaflow.preparation import inspection, layout
@@ -26,7 +27,7 @@ from dermaflow.schemas.shard import LESIONS_NAME, MANIFEST_NAME, QUARANTINE_NAME
 
 log = logging.getLogger(__name__)
 
-_INSPECTION_NAME = "inspection.parquet"
+INSPECTION_NAME = "inspection.parquet"
 _PROTECTED = ("test", "calibration", "train")  # the split whose images must least move to another comes first
 
 Progress = Callable[[str, int, int], None]
@@ -71,6 +72,7 @@ def prepare(
         ShardError: The folder was prepared with another seed, other fractions or folds.
         StorageError: The disk is full; what is complete stays and the next run goes on.
     """
+    began = time.monotonic()
     mapper = _mapper(use_ray)
     out = str(out) if storage.is_remote(out) else str(Path(out).absolute())  # a worker may stand in another folder
     archive = read_ham10000(data)
@@ -105,7 +107,7 @@ def prepare(
         counts={s: dict(sorted(Counter(images.loc[images["split"] == s, "dx"]).items())) for s in fractions},
         lesions={s: int((lesions["split"] == s).sum()) for s in fractions},
         quarantined=len(quarantined),
-        data_hash=storage.sha256("".join(sorted(shard.content_key for shard in shards)).encode()),
+        data_hash=layout.data_hash(shards),
         dermaflow_version=__version__,
     )  # fmt: skip
     if manifest != previous:
@@ -115,6 +117,9 @@ def prepare(
     if manifest != previous:
         storage.write_bytes(storage.join(out, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
     layout.remove_unnamed(out, manifest)
+    monitoring.prepared(
+        inspected=inspected, quarantined=len(quarantined), shards=written, seconds=time.monotonic() - began
+    )
     return Prepared(manifest, inspected, written)
 
 
@@ -134,8 +139,8 @@ def _inspect(
     """`archive.images` with the facts of each image; facts of earlier runs are taken from the folder."""
     stats = inspection.stat_images(archive.images, archive.root)
     seen = None
-    if storage.exists(storage.join(out, _INSPECTION_NAME)):
-        seen = layout.read_table(out, _INSPECTION_NAME).to_pandas()
+    if storage.exists(storage.join(out, INSPECTION_NAME)):
+        seen = layout.read_table(out, INSPECTION_NAME).to_pandas()
     todo, known = inspection.unseen(stats, seen)
     parts, done = [known], 0
     for part in mapper(inspection.as_tasks(todo), inspection.inspect_table) if len(todo) else ():
@@ -144,7 +149,7 @@ def _inspect(
         progress("inspect", done, len(todo))
     facts = pd.concat([part for part in parts if len(part)], ignore_index=True).sort_values("name", ignore_index=True)
     if len(todo):
-        layout.write_table(out, _INSPECTION_NAME, pa.Table.from_pandas(facts, preserve_index=False))
+        layout.write_table(out, INSPECTION_NAME, pa.Table.from_pandas(facts, preserve_index=False))
     facts = stats[["path", "name"]].merge(facts, on="name")
     return archive.images.merge(facts, on="path"), len(todo)
 

@@ -37,6 +37,12 @@ class RowGroup:
             return file.read_row_group(self.index, columns=list(columns), use_threads=False)
 
 
+def read_shard(uri: str, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a whole shard; raises ShardError when the file is gone or damaged."""
+    with _open_shard(uri) as file:
+        return file.read(columns=list(columns), use_threads=False)
+
+
 @contextlib.contextmanager
 def _open_shard(uri: str) -> Iterator[pq.ParquetFile]:
     filesystem, path = storage.locate(uri)

@@ -21,8 +21,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dermaflow import storage
+from dermaflow import monitoring, storage
 from dermaflow.errors import DermaflowError, StorageError
+from dermaflow.logs import join_run, run_id
 from dermaflow.schemas.finding import FINDING_SCHEMA
 from dermaflow.scoring.parts import PartScorer, verified_part
 from dermaflow.scoring.patients import without_images
@@ -42,7 +43,7 @@ from dermaflow.scoring.plan import (
 )
 from dermaflow.scoring.planning import begin, resolve_model
 from dermaflow.scoring.summary import Summary, read_summary, summarise, write_summary
-from dermaflow.settings import settings
+from dermaflow.settings import settings, start_logging
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,11 @@ def score(
         report(state.status())
         for commit in scorers(out, plan, todo, options) if todo else ():
             state.add(commit)
-            report(state.status())
+            report(status := state.status())
+            monitoring.part_scored(
+                ok=commit.ok, not_assessable=commit.not_assessable, failed=commit.failed, seconds=commit.seconds,
+                remaining=status.total - status.done,
+            )  # fmt: skip
         if _merge(out, plan, state):
             break
     else:
@@ -118,6 +123,7 @@ def score(
         summary = summary.model_copy(update={"urgencies": _pathways(out, plan, patients)})
     write_summary(out, summary)
     storage.delete(storage.join(out, UNPACKED))
+    monitoring.run_scored()
     report(state.status())
     return summary
 
@@ -157,11 +163,14 @@ class _Actor:
         plan: Its plan, as JSON.
         attempt: Names this try of the run.
         threads: CPU threads of the process.
+        run: Id of the run, for its log lines.
     """
 
-    def __init__(self, out: str, plan: str, attempt: str, threads: int) -> None:
+    def __init__(self, out: str, plan: str, attempt: str, threads: int, run: str) -> None:
         import torch
 
+        join_run(run)
+        start_logging()
         os.environ["DERMAFLOW_THREADS"] = str(threads)  # one process a CPU: more threads would only wait for each other
         settings.cache_clear()
         torch.set_num_threads(threads)
@@ -197,7 +206,7 @@ def _score_parts(out: str, plan: Plan, parts: list[int], options: Options) -> It
     log.info("scoring %d of %d parts with %d processes", len(parts), plan.parts, actors)
     dataset = ray.data.from_arrow([pa.table({"part": [part]}) for part in parts]).map_batches(
         _Actor,
-        fn_constructor_args=(out, plan.model_dump_json(), uuid.uuid4().hex, threads),
+        fn_constructor_args=(out, plan.model_dump_json(), uuid.uuid4().hex, threads, run_id()),
         batch_format="pyarrow",
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),

@@ -33,7 +33,7 @@ def image_lesions(patients: str) -> dict[str, str]:
         StorageError: It is not there.
     """
     found: dict[str, str] = {}
-    for row in _rows(patients):
+    for row in table_rows(patients):
         image, lesion = row.get(IMAGE), row.get(LESION)
         if image in (None, "") or lesion in (None, ""):
             continue
@@ -52,7 +52,7 @@ def without_images(patients: str) -> Iterator[str]:
 
     Rows that were the same but for the image become one; all others stay, so that contradictions are still found.
     """
-    rows = _rows(patients)
+    rows = table_rows(patients)
     if not any(IMAGE in row for row in rows):
         yield patients
         return
@@ -66,7 +66,7 @@ def without_images(patients: str) -> Iterator[str]:
         yield str(place)
 
 
-def _rows(patients: str) -> list[dict[str, Any]]:
+def table_rows(patients: str) -> list[dict[str, Any]]:
     """Rows with the names of fields; none where the format has no columns."""
     kind = PurePosixPath(patients).suffix.lower()
     content = storage.read_bytes(patients)

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dermaflow import storage
 from dermaflow.errors import DataError, StorageError
+from dermaflow.schemas.versions import check_format
 from dermaflow.scoring.references import LIMITS, Limits
 
 PLAN, INPUTS, PARTS, LOG = "plan.json", "inputs.parquet", "parts", "log"
@@ -130,8 +131,10 @@ def read_plan(out: str) -> Plan | None:
     place = storage.join(out, PLAN)
     if not storage.exists(place):
         return None
+    content = storage.read_bytes(place)
+    check_format(content, Plan.model_fields["format"].default, place, StorageError)
     try:
-        return Plan.model_validate_json(storage.read_bytes(place))
+        return Plan.model_validate_json(content)
     except ValidationError as error:
         raise StorageError(
             f"no plan of this version ({error.errors()[0]['msg']})", where=place, expected="a plan of bulk scoring",

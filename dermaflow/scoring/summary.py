@@ -19,6 +19,7 @@ from dermaflow import storage
 from dermaflow.schemas.bundle import Bundle, SafetyPolicy
 from dermaflow.scoring.plan import FINDINGS, PAGE, SUMMARY, Commit, Plan, Progress
 from dermaflow.taxonomy import CODES, DIAGNOSES, MELANOMA
+from dermaflow.trust.drift import stability_index
 from dermaflow.trust.policy import flag
 
 LISTED = 500
@@ -26,8 +27,6 @@ LISTED = 500
 STABLE, SHIFTED = 0.10, 0.25
 """Population stability index up to which a mix counts as the same, and from which it counts as another one: the
 convention of credit scoring (Siddiqi, Credit Risk Scorecards, 2006), which knows no better one for other fields."""
-FLOOR = 1e-3
-"""Share that an absent class is given in the index, which would be endless otherwise."""
 _ROWS = 8192  # findings looked at at a time
 _COLUMNS = ["image_id", "lesion_id", *(f"p_{code}" for code in CODES), "prediction", "conformal_set", "p_malignant",
             "ood", "quality_flags", "status"]  # fmt: skip
@@ -206,8 +205,8 @@ class _Sums:
 def drift(shares: np.ndarray | None, training: np.ndarray, images: int) -> Drift:
     """Compare two mixes of diagnoses.
 
-    The population stability index is the sum of ``(a - e) ln(a / e)`` over the classes. For N images drawn from the
-    same mix it is about ``(K - 1) / N`` on average, which is said beside it.
+    For N images drawn from the same mix the population stability index is about ``(K - 1) / N`` on average, which is
+    said beside it.
 
     Args:
         shares: [7], sum 1, of the images scored; None where there are none.
@@ -216,8 +215,7 @@ def drift(shares: np.ndarray | None, training: np.ndarray, images: int) -> Drift
     """
     if shares is None or images == 0:
         return Drift(psi=None, chance=None, verdict="no assessable image to compare")
-    actual, expected = (np.maximum(mix, FLOOR) / np.maximum(mix, FLOOR).sum() for mix in (shares, training))
-    psi = float(((actual - expected) * np.log(actual / expected)).sum())
+    psi = stability_index(shares, training)
     chance = (len(CODES) - 1) / images
     if psi < max(STABLE, 2 * chance):
         verdict = "like the training images"

@@ -15,9 +15,9 @@ from federation_here import a_recipe
 from federation_processes import Federation, family, federation, kill_all, until
 from tiny_data import draw, prepare_here
 
-from clients.audit import entries, verify
 from clients.node import read_state
 from clients.site_checks import installed_app
+from dermaflow.audit import entries, verify
 from dermaflow.bundles.bundle import load_bundle
 
 COMMAND = str(Path(sys.executable).parent / "dermaflow")
@@ -43,7 +43,7 @@ def federate(here: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def result_of(process: subprocess.Popen[str], out: Path) -> tuple[dict[str, Any], str]:
-    said, _ = process.communicate(timeout=240)
+    said, _ = process.communicate(timeout=280)
     assert process.returncode == 0, said
     return json.loads((out / "result.json").read_text()), said
 
@@ -98,6 +98,20 @@ def fed(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         for name in SITES:
             until(lambda name=name: read_state(found.folder / name).get("state") == "online", 90)
         yield found
+
+
+@pytest.mark.slow
+def test_hospitals_add_up_under_masks(here: Path, fed: Federation, tmp_path: Path) -> None:
+    """What a site keeps between the legs of a secure sum outlives the process of each message."""
+    out = tmp_path / "out"
+    named = [argument for name in SITES for argument in ("--site", f"{name}={fed.ids[name]}")]
+    process = federate(
+        here, "--state", str(fed.state), *named, "--rounds", "1", "--scope", "head", "--out", str(out),
+        "--set", "secure=true", "--set", "min_sites=4",
+    )  # fmt: skip
+    result, _ = result_of(process, out)
+    assert sorted(result["rounds"][0]["sites"]) == sorted(SITES) and not result["rounds"][0]["failed"]
+    assert result["calibration"]["images"] > 0
 
 
 def test_hospitals_train_while_one_is_killed_and_one_refuses(here: Path, fed: Federation, tmp_path: Path) -> None:

@@ -24,13 +24,13 @@ import pytest
 from federation_processes import MAKE_CERTIFICATES, Federation, family, federation, kill_all, rounds, until, write_app
 from typer.testing import CliRunner
 
-from clients.audit import entries, verify
 from clients.hub import HubError, HubOptions, ask_hub, is_locked, run_hub
 from clients.node import read_state, running
 from clients.offline import environment
 from clients.site_checks import CertificateError, look_at_hub
 from clients.site_cli import app as site_app
 from clients.site_config import load_site
+from dermaflow.audit import entries, verify
 from dermaflow.errors import FederationError
 
 NAMES = ("site-a", "site-b", "site-c", "site-d")

@@ -14,6 +14,7 @@ from prefect_here import own_prefect
 from small_archives import lesion_jpegs, scoring_bundle
 from tiny_data import snapshot
 
+from dermaflow import monitoring
 from dermaflow.errors import DataError
 from flows.score import score
 
@@ -29,6 +30,12 @@ def test_score_makes_findings_and_artifacts_once(tmp_path: Path, monkeypatch: py
         (source / f"{i}.jpg").write_bytes(data)
     (source / "bad.jpg").write_bytes(b"no image")
     model = scoring_bundle(tmp_path / "model")
+
+    def runs(state: str) -> float:
+        labels = {"flow": "score", "state": state}
+        return monitoring.FLOWS.registry.get_sample_value("dermaflow_flow_runs_total", labels) or 0.0
+
+    before_all = runs("completed"), runs("failed")
     with own_prefect(tmp_path / "prefect"):
         first = score(str(source), str(out), model=str(model))
         before = snapshot(out)
@@ -45,3 +52,4 @@ def test_score_makes_findings_and_artifacts_once(tmp_path: Path, monkeypatch: py
         (source / "new.jpg").write_bytes(lesion_jpegs()[0])
         with pytest.raises(DataError, match="another content of the source"):
             score(str(source), str(out), model=str(model))
+    assert (runs("completed"), runs("failed")) == (before_all[0] + 2, before_all[1] + 1)

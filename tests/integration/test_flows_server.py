@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import httpx
 import pytest
 
 pytest.importorskip("prefect")
 pytest.importorskip("ray")
 
+from prefect_here import Server, a_server, stop, until
 from tiny_data import draw, prepare_here
 
 from dermaflow.bundles.bundle import load_bundle
@@ -31,90 +26,12 @@ input: {height: 24, width: 32}
 backbone: {name: seed_cnn, weights: none}
 optim: {batch_size: 16, head_epochs: 0, epochs: EPOCHS, layer_decay: 1.0}
 """
-T = TypeVar("T")
-
-
-@dataclass
-class Server:
-    """A Prefect server on loopback with a home of its own."""
-
-    api: httpx.Client
-    environment: dict[str, str]
-    folder: Path
-
-    def get(self, path: str) -> Any:
-        return self.api.get(path).raise_for_status().json()
-
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self.api.post(path, json=body).raise_for_status().json()
-
-    def python(self, *arguments: object) -> subprocess.Popen[bytes]:
-        """Start a module in the background; what it says goes to a file."""
-        with (self.folder / "said.txt").open("ab") as said:
-            return subprocess.Popen(
-                [sys.executable, "-m", *map(str, arguments)], env=self.environment, stdout=said, stderr=said
-            )
-
-    def logs(self, run: str) -> list[dict[str, Any]]:
-        return self.post("/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200})
-
-    def latest_run(self, flow: str) -> str | None:
-        body = {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC", "limit": 1}
-        runs = self.post("/flow_runs/filter", body)
-        return runs[0]["id"] if runs else None
-
-    def state(self, run: str) -> str:
-        return self.get(f"/flow_runs/{run}")["state"]["type"]
-
-    def said(self) -> str:
-        return (self.folder / "said.txt").read_text(errors="replace")[-6000:]
-
-
-def until(condition: Callable[[], T], seconds: float, what: str) -> T:
-    """Wait until a condition holds; its value."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.5)
-    raise AssertionError(f"not within {seconds} s: {what}")
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    bare = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    environment = bare | {
-        "PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    made = Server(httpx.Client(base_url=url, timeout=60), environment, folder)
-    process = made.python("prefect", "server", "start", "--host", "127.0.0.1", "--port", port)
-    try:
-        until(lambda: _answers(made), 240, "the server answers")
+    with a_server(tmp_path_factory.mktemp("server")) as made:
         yield made
-    finally:
-        stop(process)
-
-
-def _answers(server: Server) -> bool:
-    try:
-        return server.api.get("/health").is_success
-    except httpx.TransportError:
-        return False
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.audit import FIRST, AuditError, AuditLog, entries, verify
+from dermaflow.audit import FIRST, AuditError, AuditLog, entries, verify
 
 
 def written(folder: Path, count: int = 4) -> Path:
@@ -54,7 +54,7 @@ def test_the_first_bad_line_is_named(tmp_path: Path, change: object, line: int) 
 
 
 def test_a_line_rewritten_with_its_hash_breaks_the_next(tmp_path: Path) -> None:
-    from clients.audit import entry_hash
+    from dermaflow.audit import entry_hash
 
     path = written(tmp_path)
     lines = path.read_bytes().splitlines(keepends=True)

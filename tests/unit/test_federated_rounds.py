@@ -30,7 +30,7 @@ from dermaflow.bundles.bundle import load_bundle
 from dermaflow.errors import CheckpointError, FederationError
 from dermaflow.learning.backbones import build
 from dermaflow.learning.inference import predict
-from dermaflow.learning.linear_head import discriminant_head
+from dermaflow.learning.linear_head import SCALES, discriminant_head
 from dermaflow.learning.local import memory_feed
 from dermaflow.preparation.balancing import BalanceConfig, balance
 from dermaflow.taxonomy import CODES
@@ -165,7 +165,10 @@ def test_the_head_of_all_sites_is_the_pooled_head(shards: Path, tmp_path: Path) 
     layouts = Layouts.of(order)
     model = Model(*(pack(start.state_dict(), layout) for layout in (layouts.weights, layouts.norm, layouts.rest)))
     whole = Site(SiteData("all", str(shards)), Memory(tmp_path / "m", "x"))
-    weight, _ = discriminant_head(whole.class_sums(order, model))
+    weight, bias = discriminant_head(whole.class_sums(order, model))
+    head = {"head.weight": torch.from_numpy(weight), "head.bias": torch.from_numpy(bias)}
+    model.weights[:] = pack(head, layouts.weights)
+    weight = weight * SCALES[whole.scale_losses(order, model).argmin()]
     found = weights(tmp_path / "a")["head.weight"]
     assert np.abs(found - weight).max() < 1e-5 * np.abs(weight).max()
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from clients.audit import AuditLog, entries
 from clients.guard import CALLS, LARGEST, LARGEST_UNKNOWN, Public
+from dermaflow.audit import AuditLog, entries
 
 KEY = base64.b64encode(b"a registered key")
 NODE = 18_000_000_000_000_000_000

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from dermaflow.errors import DataError
-from dermaflow.learning.linear_head import ABSENT, class_sums, discriminant_head
+from dermaflow.learning.linear_head import ABSENT, SCALES, class_sums, discriminant_head, scale_losses
 
 
 def draw(images: int, classes: int = 7, width: int = 24, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -43,6 +44,20 @@ def test_a_class_without_images_is_never_predicted_and_one_class_is_refused() ->
     assert (bias[5:] == ABSENT).all() and not weight[5:].any()
     with pytest.raises(DataError, match="1 classes have images"):
         discriminant_head(class_sums(features[:9], np.zeros(9, int)))
+
+
+def test_the_scale_of_least_loss_makes_logits_sure_as_they_are_right() -> None:
+    features, labels = draw(600)
+    features += np.random.default_rng(1).normal(0, 3, features.shape)
+    few, rest = slice(0, 60), slice(60, None)
+    weight, bias = discriminant_head(class_sums(features[few], labels[few]), shrinkage=0.0)
+    logits = features[rest] @ weight.T + bias
+    parts = scale_losses(logits[:200], labels[rest][:200]) + scale_losses(logits[200:], labels[rest][200:])
+    whole = scale_losses(logits, labels[rest])
+    np.testing.assert_allclose(parts, whole)
+    by_hand = -log_softmax(0.5 * logits, axis=1)[np.arange(540), labels[rest]].sum()
+    assert whole[list(SCALES).index(0.5)] == pytest.approx(by_hand)
+    assert SCALES[whole.argmin()] < 1  # fitted on 60 images, it is too sure
 
 
 def test_other_priors_move_only_the_bias() -> None:

@@ -180,6 +180,38 @@ def test_comparison_shows_what_differs(registry: Registry, tmp_path: Path) -> No
     assert not other.same_data and other.recipe == {}
 
 
+def test_who_compared_with_a_champion_that_is_none_any_more_is_refused(
+    registry: Registry, abc: tuple[str, str, str]
+) -> None:
+    a, b, c = abc
+    registry.promote(a, reason="first", by="Ada")
+    assert registry.promote(b, reason="better than a", by="one", instead_of=a).champion
+    with pytest.raises(RegistryError, match=rf"the champion is {b} by now; expected {a}.*models history"):
+        registry.promote(c, reason="better than a", by="two", instead_of=a)
+    assert registry.rollback(reason="false alarms", by="Ada", instead_of=b).id == a
+    with pytest.raises(RegistryError, match="by now"):
+        registry.rollback(reason="false alarms", by="Bob", instead_of=b)
+    assert [entry.to_version for entry in registry.history()] == [a, b, a]
+
+
+def test_a_writer_killed_between_history_and_pointer_leaves_no_doubt(
+    registry: Registry, abc: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, c = abc
+    registry.promote(a, reason="first", by="Ada")
+
+    def killed(self: Registry) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Registry, "_point_to_latest", killed)
+        registry.promote(b, reason="better", by="Ada")
+    assert registry.champion().id == b
+    assert registry.rollback(reason="worse", by="Ada").id == a
+    assert f'"to_version": "{a}"' in (Path(registry.uri) / "champion.json").read_text()
+    assert registry.promote(c, reason="r", by="Ada", instead_of=a).id == c
+
+
 def _meet(gate: multiprocessing.synchronize.Barrier) -> None:
     gate.wait()
 
@@ -204,3 +236,21 @@ def test_processes_at_the_same_time_lose_nothing(registry: Registry, tmp_path: P
     assert registry.champion().id == entries[-1].to_version
     for version in registry.list():
         assert registry.fetch(version.id, tmp_path / "fetched" / version.id) == version
+
+
+def _challenge(uri: str, challenger: str, champion: str) -> bool:
+    try:
+        return Registry(uri).promote(challenger, reason="race", by=challenger, instead_of=champion).champion
+    except RegistryError:
+        return False
+
+
+def test_of_two_challengers_of_one_champion_one_wins(registry: Registry, tmp_path: Path) -> None:
+    """Each is better than the champion; whether one is better than the other nobody has looked at."""
+    first, *others = (registry.add(save_tiny(tmp_path / f"m{i}", a_bundle(name=f"m{i}"), i)).id for i in range(4))
+    registry.promote(first, reason="first", by="Ada")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(3, mp_context=context, initializer=_meet, initargs=(context.Barrier(3),)) as pool:
+        won = list(pool.map(_challenge, [registry.uri] * 3, others, [first] * 3))
+    assert sum(won) == 1
+    assert [e.to_version for e in registry.history()] == [first, others[won.index(True)]]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from postgres_here import a_postgres
 
 from dermaflow.errors import DataError, StorageError
 from serve import runner
@@ -29,33 +27,9 @@ def queue(store: JobStore, **changes: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL of our own on a socket in a folder; it refuses to run as root."""
-    pytest.importorskip("psycopg")
-    binary = shutil.which("initdb")
-    if binary is None:
-        pytest.skip("no PostgreSQL here")
-    folder = Path(f"/tmp/dermaflow-pg-{os.getpid()}")
-    folder.mkdir(mode=0o700)
-    prefix: list[str] = []
-    if os.geteuid() == 0:
-        shutil.chown(folder, "nobody")
-        prefix = ["setpriv", "--reuid=nobody", "--clear-groups", "--no-new-privs"]
-
-    def run(*command: str) -> None:
-        subprocess.run([*prefix, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
-                       env={"PATH": os.environ["PATH"], "HOME": str(folder), "LC_ALL": "C"})  # fmt: skip
-
-    data = str(folder / "data")
-    try:
-        run("initdb", "-D", data, "-U", "dermaflow", "-A", "trust", "-E", "UTF8", "--no-sync")
-        run("pg_ctl", "-D", data, "-w", "-l", str(folder / "log"), "-o", f"-h '' -k {folder} -F", "start")
-        try:
-            yield f"postgresql+psycopg://dermaflow@/postgres?host={folder}"
-        finally:
-            run("pg_ctl", "-D", data, "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def postgres() -> Iterator[str]:
+    with a_postgres() as folder:
+        yield f"postgresql+psycopg://dermaflow@/postgres?host={folder}"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -12,11 +12,11 @@ from federation_processes import MAKE_CERTIFICATES
 from tiny_data import draw
 from typer.testing import CliRunner, Result
 
-from clients.audit import AuditLog
 from clients.launcher import check_app
 from clients.policy import Refused, load_policy
 from clients.site_cli import app
 from clients.site_config import load_site
+from dermaflow.audit import AuditLog
 from dermaflow.preparation.prepare import prepare
 
 
