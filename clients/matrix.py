@@ -24,7 +24,7 @@ from clients.site_data import SiteData, simulated_sites
 from dermaflow.bundles.bundle import load_bundle
 from dermaflow.errors import DataError, FederationError
 from dermaflow.evaluation.crosssite import Matrix, Row, TestCounts, count_test, row_of
-from dermaflow.evaluation.figures import Estimate
+from dermaflow.evaluation.figures import Counts, Estimate
 from dermaflow.evaluation.wording import interval
 from dermaflow.learning.backbones import Network
 from dermaflow.learning.inference import network_of, predict
@@ -207,11 +207,13 @@ def comparisons(plan: Plan, sites: Sequence[str]) -> dict[str, Plan]:
     """What a simulation is compared with: each of its sites alone and, first, all their images in one place.
 
     Each trains by the same recipe for the same rounds and local epochs, in a folder within the run's. Of one place
-    there is nothing to bring together, so the strategy is plain averaging and normalisation is never kept apart.
+    there is nothing to bring together and nobody to hide from, so the strategy is plain averaging without masks or
+    noise, and normalisation is never kept apart.
     """
     partition = plan.partition.removesuffix(f"+{POOLED}")
     norm = "shared" if plan.norm == "local" else plan.norm
     plain = {"strategy": "fedavg", "norm": norm, "fraction": 1.0, "min_sites": 1, "name": ""}
+    plain |= {"secure": False, "dp": "none"}
     wanted = {POOLED: {"only": POOLED, "partition": f"{partition}+{POOLED}"}} | {
         f"{site} alone": {"only": site, "partition": partition} for site in sites if site != POOLED
     }
@@ -231,16 +233,20 @@ def table(matrix: Matrix, name: str) -> tuple[list[str], list[list[str]]]:
 
     more = ["mean of sites"] if name == "balanced_accuracy" else []
     header = ["model", *matrix.sites, "all", *more]
-    images = ["images / lesions", *(_counted(matrix.rows[0].cells[site].counts) for site in matrix.sites)]
-    rows = [[*images, _counted(matrix.rows[0].everything.counts), *("" for _ in more)]]
+    first = matrix.rows[0]
+    parts = [*(first.cells[site] for site in matrix.sites), first.everything]
+    rows = [["images / lesions", *(counted(part.counts, name) for part in parts), *("" for _ in more)]]
     for row in matrix.rows:
         cells = [getattr(part, name) for part in (*(row.cells[site] for site in matrix.sites), row.everything)]
         rows.append([row.model, *map(cell, cells), *(cell(row.mean_of_sites) for _ in more)])
     return header, rows
 
 
-def _counted(counts: Any) -> str:
-    return f"{counts.images} / {counts.lesions}"
+def counted(counts: Counts, name: str) -> str:
+    """Images and lesions that one of `FIGURES` rests on."""
+    if name == "melanoma_sensitivity":
+        return f"{counts.images_by_class.get('mel', 0):,} / {counts.lesions_by_class.get('mel', 0):,}"
+    return f"{counts.images:,} / {counts.lesions:,}"
 
 
 def notes(matrix: Matrix) -> list[str]:

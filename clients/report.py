@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from clients.matrix import FIGURES, FinishedRun, notes
+from clients.matrix import FIGURES, FinishedRun, counted, notes
 from clients.partition import POOLED
-from clients.result import data_hash
+from clients.result import data_hash, guarantee_in_words
 from dermaflow import storage
 from dermaflow.evaluation import plots
 from dermaflow.evaluation.crosssite import Matrix, Row, calibration_error
-from dermaflow.evaluation.figures import Counts, Estimate
+from dermaflow.evaluation.figures import Estimate
 from dermaflow.evaluation.report import environment
 from dermaflow.evaluation.wording import interval, value
 from dermaflow.taxonomy import CODES
@@ -100,17 +100,10 @@ def _cells(row: Row, sites: Sequence[str], name: str) -> tuple[str, list[_HeatCe
     cells = []
     for site, part in (*((site, row.cells[site]) for site in sites), (None, row.everything)):
         figure: Estimate = getattr(part, name)
-        cells.append(_HeatCell(figure, figure.value, _counted(part.counts, name), site in row.trained_on))
+        cells.append(_HeatCell(figure, figure.value, counted(part.counts, name), site in row.trained_on))
     if name == "balanced_accuracy":
         cells.append(_HeatCell(row.mean_of_sites, row.mean_of_sites.value, f"{len(sites)} sites"))
     return row.model, cells
-
-
-def _counted(counts: Counts, name: str) -> str:
-    melanoma = name == "melanoma_sensitivity"
-    images = counts.images_by_class.get("mel", 0) if melanoma else counts.images
-    lesions = counts.lesions_by_class.get("mel", 0) if melanoma else counts.lesions
-    return f"{images:,} / {lesions:,}"
 
 
 def _sentences(run: FinishedRun, matrix: Matrix) -> list[str]:
@@ -288,11 +281,19 @@ def _provenance(run: FinishedRun) -> dict[str, str]:
     if "started" in result:
         facts["started"] = result["started"]
     facts["duration"] = f"{result['seconds'] / 60:.1f} min"
+    if privacy := guarantee_in_words(result):
+        facts["differential privacy"] = privacy
+    if plan.secure:
+        facts["secure aggregation"] = "the coordinator saw sums of the sites' updates only"
     calibration = result["calibration"]
     facts["calibration"] = (
-        f"temperature {calibration['temperature']:.3f}"
-        + (", a bias for each class" if any(calibration["bias"]) else "")
-        + f", on {calibration['images']:,} images of {calibration['lesions']:,} lesions of all sites"
+        "none: each site does that on its own images"
+        if calibration is None
+        else (
+            f"temperature {calibration['temperature']:.3f}"
+            + (", a bias for each class" if any(calibration["bias"]) else "")
+            + f", on {calibration['images']:,} images of {calibration['lesions']:,} lesions of all sites"
+        )
     )
     if "versions" in result:
         facts["versions"] = ", ".join(f"{name} {number}" for name, number in sorted(result["versions"].items()))

@@ -100,6 +100,7 @@ def save_model(plan: Plan) -> Path:
         {"epoch": float(number), "seconds": record["seconds"], **_mean_loss(record)}
         for number, record in enumerate(result["rounds"])
     ]
+    privacy = guarantee_in_words(result)
     record = TrainingRecord(
         recipe_name=recipe.name, recipe=recipe.model_dump(mode="json"), recipe_hash=recipe.digest, seed=plan.seed,
         data_hash=data_hash(result), started=result["started"], seconds=result["seconds"],
@@ -110,6 +111,7 @@ def save_model(plan: Plan) -> Path:
             origin="simulation" if plan.shards else "deployment", strategy=plan.strategy,
             sites=result["training_sites"], rounds=len(history), data=result["data"],
             plan_sha256=storage.sha256(json.dumps(result["plan"], sort_keys=True).encode()),
+            privacy=privacy,
         ),
     )  # fmt: skip
     bundle = Bundle(
@@ -120,13 +122,10 @@ def save_model(plan: Plan) -> Path:
     calibrated = "Calibrated on sums of the sites' calibration splits"
     if bundle.calibration is None:
         calibrated = "Not calibrated: sites do that on their own images (dermaflow calibrate)"
-    privacy = ""
-    if given := result.get("privacy"):
-        figures = f"epsilon {given['epsilon']:.2f} at delta {given['delta']:g}"
-        privacy = f"Differential privacy of {given['unit']}: {figures}.\n"
     card = (
         f"# {bundle.name}\n\nTrained by {plan.strategy} over {', '.join(result['training_sites'])}, "
-        f"{len(history)} rounds. {calibrated}; not evaluated yet.\n{privacy}"
+        f"{len(history)} rounds. {calibrated}; not evaluated yet.\n"
+        + (f"Differential privacy: {privacy}.\n" if privacy else "")
     )
     reference = None
     if bundle.calibration is not None:
@@ -142,6 +141,12 @@ def _mean_loss(record: dict[str, Any]) -> dict[str, float]:
     sites = [site for site in record["sites"].values() if "loss" in site]
     images = sum(site["images"] for site in sites)
     return {"loss": sum(site["loss"] * site["images"] for site in sites) / images} if sites else {}
+
+
+def guarantee_in_words(result: dict[str, Any]) -> str | None:
+    """What differential privacy guarantees; None without it."""
+    given = result.get("privacy")
+    return f"epsilon {given['epsilon']:.2f} at delta {given['delta']:g} for {given['unit']}" if given else None
 
 
 def data_hash(result: dict[str, Any]) -> str:

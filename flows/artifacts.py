@@ -104,20 +104,20 @@ def show_scoring(folder: str) -> None:
 
 def show_rounds(out: Path) -> None:
     """The rounds of a federated run: loss, balanced accuracy before the round, bytes, and who was left out and why."""
-    rows = []
-    for line in (out / "rounds.jsonl").read_text(encoding="utf-8").splitlines():
+    place, rows = out / "rounds.jsonl", []
+    for line in place.read_text(encoding="utf-8").splitlines() if place.exists() else ():  # a head from sums has none
         record = json.loads(line)
-        sites = record["sites"].values()
-        images = sum(site["images"] for site in sites)
-        seen = record.get("balanced_accuracy")
+        sites, seen = record["sites"].values(), record.get("balanced_accuracy")
+        losses = [(site["loss"], site["images"]) for site in sites if "loss" in site]  # none under privacy
+        images = sum(count for _, count in losses)
         rows.append(
             {
                 "round": record["round"],
                 "sites": len(sites),
-                "loss": f"{sum(site['loss'] * site['images'] for site in sites) / images:.4g}",
+                "loss": f"{sum(loss * count for loss, count in losses) / images:.4g}" if losses else "",
                 "balanced accuracy before": "" if seen is None else f"{seen:.3f}",
                 "seconds": f"{record['seconds']:.0f}",
-                "MB": f"{sum(site['received'] + site['sent'] for site in sites) / 1e6:.1f}",
+                "MB": f"{sum(site.get('received', 0) + site.get('sent', 0) for site in sites) / 1e6:.1f}",
                 "left out": "; ".join(f"{name}: {reason}" for name, reason in record["failed"].items()),
             }
         )

@@ -64,9 +64,7 @@ def show(version: Id = CHAMPION, registry: Where = None) -> None:
         ["sha256", found.sha256], ["recipe", f"{training.recipe_name} ({training.recipe_hash[:12]})"],
         ["data", training.data_hash], ["seed", str(training.seed)], ["trained", training.started],
         ["duration", f"{training.seconds / 60:.1f} min, {training.epochs} epochs on {training.device}"],
-        *([["federation", f"{training.federation.strategy} over {', '.join(training.federation.sites)}, "
-            f"{training.federation.rounds} rounds, {training.federation.origin}, "
-            f"plan {training.federation.plan_sha256[:12]}"]] if training.federation else []),
+        *([["federation", training.federation.in_words()]] if training.federation else []),
         ["initial weights", training.initial_weights or "none"],
         ["versions", ", ".join(f"{k} {v}" for k, v in training.versions.items())],
         *([name.replace("_", " "), _figure(value)] for name, value in (found.bundle.metrics or {}).items()),

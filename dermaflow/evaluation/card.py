@@ -134,14 +134,7 @@ def _making_facts(bundle: Bundle) -> tuple[tuple[str, str], ...]:
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(training.versions.items()))),
     ]
     if training.federation:
-        federation = training.federation
-        facts.append(
-            (
-                "federation",
-                f"{federation.strategy} over {', '.join(federation.sites)}, {federation.rounds} rounds, "
-                f"{federation.origin}, plan {federation.plan_sha256[:12]}",
-            )
-        )
+        facts.append(("federation", training.federation.in_words()))
     if calibration:
         facts.append(
             (

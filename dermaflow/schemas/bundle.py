@@ -124,6 +124,12 @@ class FederationRecord(_Strict):
     rounds: int
     data: dict[str, str]  # data hash of each of them; in a simulation that of the divided shards
     plan_sha256: str  # of the plan in result.json, as JSON with sorted keys
+    privacy: str | None = None  # what differential privacy guarantees, in words
+
+    def in_words(self) -> str:
+        """One line for a card."""
+        said = f"{self.strategy} over {', '.join(self.sites)}, {self.rounds} rounds, {self.origin}"
+        return f"{said}, plan {self.plan_sha256[:12]}" + (f"; {self.privacy}" if self.privacy else "")
 
 
 class TrainingRecord(_Strict):

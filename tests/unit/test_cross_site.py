@@ -140,12 +140,23 @@ def test_the_page_says_who_was_left_out_and_why_and_names_no_path(compared: Path
     assert json.loads((tmp_path / "matrix.json").read_text())["rows"][0]["model"] == "federated, fedavg"
 
 
+def test_a_run_of_private_sums_has_a_page_without_rounds_and_calibration(compared: Path, tmp_path: Path) -> None:
+    run = read_run(compared)
+    sites = {site: {k: v for k, v in part.items() if k != "reliability"} for site, part in run.result["sites"].items()}
+    given = {"unit": "one lesion of one site", "epsilon": 8.0, "delta": 1e-5, "noise_at": "site"}
+    result = run.result | {"calibration": None, "rounds": [], "sites": sites, "privacy": given}
+    private = FinishedRun(run.folder, run.plan, result)
+    page = write_report(private, matrix_of([private], {}, None), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "epsilon 8.00 at delta 1e-05 for one lesion of one site" in page
+    assert "did not send how well" in page and "each site does that on its own images" in page
+
+
 def test_comparisons_train_one_place_at_a_time_for_the_same_rounds(tmp_path: Path) -> None:
-    plan = a_plan("shards", tmp_path, strategy="krum", norm="local", rounds=7, local_epochs=0.5, name="x")
+    plan = a_plan("shards", tmp_path, strategy="fedadam", norm="local", rounds=7, local_epochs=0.5, secure=True)
     found = comparisons(plan, ["north", "south"])
     assert list(found) == ["pooled", "north alone", "south alone"]
-    assert {(p.strategy, p.norm, p.rounds, p.local_epochs, p.recipe) for p in found.values()} == {
-        ("fedavg", "shared", 7, 0.5, plan.recipe)
+    assert {(p.strategy, p.norm, p.rounds, p.local_epochs, p.recipe, p.secure) for p in found.values()} == {
+        ("fedavg", "shared", 7, 0.5, plan.recipe, False)
     }
     assert found["pooled"].only == "pooled" and found["pooled"].partition == "natural+pooled"
     assert found["south alone"].only == "south" and found["south alone"].partition == "natural"
