@@ -12,6 +12,7 @@ from unittest.mock import patch
 def own_s3(*buckets: str) -> Iterator[str]:
     """An empty store with these buckets; its address and credentials stand in the environment while the block runs."""
     import boto3
+    import httpx
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -30,4 +31,5 @@ def own_s3(*buckets: str) -> Iterator[str]:
                 boto3.client("s3").create_bucket(Bucket=bucket)
             yield environment["AWS_ENDPOINT_URL"]
     finally:
+        httpx.post(f"{environment['AWS_ENDPOINT_URL']}/moto-api/reset")  # all servers of a process share one store
         server.stop()
