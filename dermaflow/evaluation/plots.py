@@ -165,7 +165,7 @@ def lines(
             axes.plot(*zip(*shown, strict=True), "o-", markersize=3, **styles[name])
         axes.set(xlabel=x, ylabel=y)
         if floor is not None:
-            axes.set_ylim(bottom=floor)
+            axes.set_ylim(floor, axes.get_ylim()[1] + 0.15 * (axes.get_ylim()[1] - floor))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
