@@ -42,8 +42,8 @@ def federate(here: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def result_of(process: subprocess.Popen[str], out: Path) -> tuple[dict[str, Any], str]:
-    said, _ = process.communicate(timeout=280)
+def result_of(process: subprocess.Popen[str], out: Path, seconds: float = 240) -> tuple[dict[str, Any], str]:
+    said, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, said
     return json.loads((out / "result.json").read_text()), said
 
@@ -101,6 +101,7 @@ def fed(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_hospitals_add_up_under_masks(here: Path, fed: Federation, tmp_path: Path) -> None:
     """What a site keeps between the legs of a secure sum outlives the process of each message."""
     out = tmp_path / "out"
@@ -109,7 +110,7 @@ def test_hospitals_add_up_under_masks(here: Path, fed: Federation, tmp_path: Pat
         here, "--state", str(fed.state), *named, "--rounds", "1", "--scope", "head", "--out", str(out),
         "--set", "secure=true", "--set", "min_sites=4",
     )  # fmt: skip
-    result, _ = result_of(process, out)
+    result, _ = result_of(process, out, 800)
     assert sorted(result["rounds"][0]["sites"]) == sorted(SITES) and not result["rounds"][0]["failed"]
     assert result["calibration"]["images"] > 0
 
