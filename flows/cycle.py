@@ -254,7 +254,7 @@ def _folder(out: Path, number: int) -> Path:
 
 
 def _keys(images: pd.DataFrame) -> pd.Series:
-    return images[_KEY].astype(str).agg("|".join, axis=1) if len(images) else pd.Series(dtype=str)
+    return images["image_id"] + "|" + images["bytes"].astype(str) + "|" + images["modified"].astype(str)
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:
