@@ -214,13 +214,14 @@ def round_ended(seconds: float, sites: Mapping[str, Mapping[str, float]], failed
 
     Args:
         seconds: Of the round.
-        sites: Of each site that answered ``loss``, ``sent`` and ``received`` (bytes).
+        sites: Of each site that answered ``sent`` and ``received`` (bytes), and ``loss`` where it tells it.
         failed: Sites that were left out, and why.
     """
     _rounds.inc()
     _round_seconds.inc(seconds)
     for site, figures in sites.items():
-        _site_loss.labels(site).set(figures["loss"])
+        if "loss" in figures:  # it stays at a site that adds noise
+            _site_loss.labels(site).set(figures["loss"])
         for direction in ("sent", "received"):
             _bytes.labels(site, direction).inc(figures[direction])
     for site in failed:

@@ -152,6 +152,15 @@ def open_atomic(uri: str | Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
+def remove_remains(uri: str | Path) -> None:
+    """Delete what processes that were killed while writing left in a folder that nobody writes into now."""
+    if is_remote(uri):  # there is nothing half-written on a store
+        return
+    for name in list_folder(uri):
+        if name.endswith(".partial"):
+            delete(join(uri, name))
+
+
 def write_bytes(uri: str | Path, content: bytes) -> None:
     """Write a whole file atomically."""
     with open_atomic(uri) as stream:

@@ -29,6 +29,8 @@ from dermaflow.scoring.parts import PartScorer, verified_part
 from dermaflow.scoring.patients import without_images
 from dermaflow.scoring.plan import (
     FINDINGS,
+    LOG,
+    PARTS,
     PATHWAYS,
     SUMMARY,
     UNPACKED,
@@ -123,6 +125,8 @@ def score(
         summary = summary.model_copy(update={"urgencies": _pathways(out, plan, patients)})
     write_summary(out, summary)
     storage.delete(storage.join(out, UNPACKED))
+    for folder in (PARTS, LOG):
+        storage.remove_remains(storage.join(out, folder))
     monitoring.run_scored()
     report(state.status())
     return summary

@@ -43,6 +43,7 @@ def cluster() -> Iterator[str]:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("OMP_NUM_THREADS", "1")
         boto3.client("s3").create_bucket(Bucket="hospital")
+        ray.shutdown()  # one that an earlier test left knows nothing of this bucket
         connect(cpus=2)
         yield "s3://hospital"
         ray.shutdown()

@@ -116,7 +116,7 @@ def test_the_service_is_what_the_code_can_start() -> None:
     found = options.checked(options.Options.model_validate(config.applications[0].args))
     head = compose()["services"]["ray-head"]
     assert found.keys.name in head["secrets"] and "state:/var/lib/dermaflow" in head["volumes"]
-    assert found.database.startswith("postgresql+psycopg://dermaflow@database/dermaflow")
+    assert found.database.get_secret_value().startswith("postgresql+psycopg://dermaflow@database/dermaflow")
 
 
 def test_the_databases_are_those_that_are_asked_for() -> None:
