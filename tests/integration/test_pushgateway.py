@@ -90,7 +90,8 @@ def test_scoring_counts_over_runs_and_names_nobody(
     handler = logging.StreamHandler(written)
     handler.setFormatter(JsonLines())
     library = logging.getLogger("dermaflow")
-    monkeypatch.setattr(library, "level", logging.DEBUG)
+    level = library.level
+    library.setLevel(logging.DEBUG)  # not by the attribute: loggers remember what was enabled
     library.addHandler(handler)
     scored = "dermaflow_scoring_images_total"
     try:
@@ -110,6 +111,7 @@ def test_scoring_counts_over_runs_and_names_nobody(
         assert figures(gateway)[scored, "ok"] == twice[scored, "ok"], "what is not done again is not counted again"
     finally:
         library.removeHandler(handler)
+        library.setLevel(level)
     lines = [json.loads(line) for line in written.getvalue().splitlines()]
     assert lines and all({"at", "level", "logger", "message", "run_id"} <= line.keys() for line in lines)
     assert PATIENT not in written.getvalue()
