@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+from waiting import free_ports, until
 
 from clients.hub import ask_hub, register_site
 from clients.policy import approve
@@ -107,23 +108,6 @@ def write_app(folder: Path) -> Path:
     (folder / "adding/client_app.py").write_text(CLIENT)
     (folder / "adding/server_app.py").write_text(SERVER)
     return folder
-
-
-def until(holds: Callable[[], Any], seconds: float = 30, every: float = 0.2) -> Any:
-    """Wait until something holds; what it gave."""
-    end = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(every)
-    return found
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 class Federation:

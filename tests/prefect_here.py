@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from prefect.logging.handlers import APILogHandler
@@ -25,8 +24,7 @@ from prefect.settings import (
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
     temporary_settings,
 )
-
-T = TypeVar("T")
+from waiting import free_port, until_it_answers
 
 
 @contextmanager
@@ -56,10 +54,19 @@ class Server:
     folder: Path
 
     def get(self, path: str) -> Any:
-        return self.api.get(path).raise_for_status().json()
+        return self._ask("GET", path)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self.api.post(path, json=body).raise_for_status().json()
+        return self._ask("POST", path, json=body)
+
+    def _ask(self, method: str, path: str, **content: Any) -> Any:
+        """As Prefect's own client does, ask again while the server's database is busy."""
+        for pause in (1, 2, 4, 8, 0):
+            answer = self.api.request(method, path, **content)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(pause)
+        return answer.raise_for_status().json()
 
     def python(self, *arguments: object) -> subprocess.Popen[bytes]:
         """Start a module in the background; what it says goes to a file."""
@@ -83,16 +90,6 @@ class Server:
         return (self.folder / "said.txt").read_text(errors="replace")[-6000:]
 
 
-def until(condition: Callable[[], T], seconds: float, what: str) -> T:
-    """Wait until a condition holds; its value."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.5)
-    raise AssertionError(f"not within {seconds} s: {what}")
-
-
 def stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
@@ -105,9 +102,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def a_server(folder: Path, **settings: str) -> Iterator[Server]:
     """A Prefect server in a process of its own, with its home in `folder`, until the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     bare = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment = bare | {
@@ -118,14 +113,7 @@ def a_server(folder: Path, **settings: str) -> Iterator[Server]:
     made = Server(httpx.Client(base_url=url, timeout=60), environment | settings, folder)
     process = made.python("prefect", "server", "start", "--host", "127.0.0.1", "--port", port)
     try:
-        until(lambda: _answers(made), 240, "the server answers")
+        until_it_answers(f"{url}/health", 240)
         yield made
     finally:
         stop(process)
-
-
-def _answers(server: Server) -> bool:
-    try:
-        return server.api.get("/health").is_success
-    except httpx.TransportError:
-        return False

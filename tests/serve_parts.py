@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import socket
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -57,13 +56,6 @@ def a_zip(count: int, extra: dict[str, bytes] | None = None) -> bytes:
         for name, content in (extra or {}).items():
             archive.writestr(name, content)
     return stream.getvalue()
-
-
-def free_port() -> int:
-    """A port of loopback that nobody has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def a_finding(image_id: str = "I1", lesion_id: str | None = "L1", **changes: Any) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class BackboneConfig(BaseModel):
     name: BackboneName = "mobilenet_v2"
     weights: str | None = Field(
         None,
-        description="imagenet (torchvision's, from its cache or its download), a .pth or .safetensors file, or none.",
+        description="imagenet (torchvision's, from its cache or its download), none, or a .pth or .safetensors file: "
+        "a torchvision state dict or the weights.safetensors of a model.",
     )
     dropout: float = Field(0.2, ge=0, lt=1, description="Before the head.")
 
@@ -127,6 +128,8 @@ def _load_file(body: nn.Module, path: Path, name: str) -> None:
         ) from error
     if not isinstance(state, dict):
         raise RecipeError(f"holds a {type(state).__name__}", where=path, expected="a state dict: names and tensors")
+    if any(key.startswith("body.") for key in state):  # a trained model's: go on from its backbone
+        state = {key.removeprefix("body."): value for key, value in state.items()}
     own = body.state_dict()
     wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     wrong = [key for key in wrong if not key.endswith("num_batches_tracked")]

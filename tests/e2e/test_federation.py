@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 from federation_here import a_recipe
-from federation_processes import Federation, family, federation, kill_all, until
+from federation_processes import Federation, family, federation, kill_all
 from tiny_data import draw, prepare_here
+from waiting import until
 
 from clients.node import read_state
 from clients.site_checks import installed_app

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from browser import CHROMIUM, Browser
 from PIL import Image
 from serve_parts import a_jpeg
 from tiny_bundle import a_bundle, a_calibration
+from waiting import free_port
 
 from dermaflow.bundles.bundle import save_bundle
 from dermaflow.learning.backbones import BackboneConfig, build
@@ -76,9 +76,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(root: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "serve", "--model", str(root / "model"), "--port", str(port)]
     with (root / "serve.log").open("wb") as log:
         process = subprocess.Popen([*command, "--state", str(root / "state")], stdout=log, stderr=log)

@@ -17,7 +17,8 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from serve_parts import a_zip, free_port, save_servable
+from serve_parts import a_zip, save_servable
+from waiting import free_port
 
 pytest.importorskip("ray.serve")
 pytestmark = [

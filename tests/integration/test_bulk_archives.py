@@ -17,7 +17,7 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
+from s3_here import own_s3
 from small_archives import hostile_zip, lesion_jpegs, scoring_bundle
 from tiny_data import snapshot
 
@@ -77,23 +77,12 @@ class Proxy:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """A bucket behind a proxy."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    proxy = Proxy(port)
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "2",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="hospital")
-    yield proxy
-    proxy.close()
-    server.stop()
+    with own_s3("hospital") as address:
+        proxy = Proxy(int(address.rpartition(":")[2]))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+        yield proxy
+        proxy.close()
 
 
 @pytest.fixture(scope="module")

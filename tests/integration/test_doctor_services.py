@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,8 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
+from waiting import free_port, until_it_answers
 
 pytest.importorskip("prefect")
 pytest.importorskip("ray")
@@ -23,12 +22,6 @@ pytest.importorskip("ray")
 from dermaflow.doctor.services import Clocks, check_prefect, check_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -47,16 +40,6 @@ def process(folder: Path, *command: object, **environment: str) -> Iterator[None
         started.wait()
 
 
-def wait_for(url: str, seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(url, timeout=10).status_code < 500:
-                return
-        time.sleep(0.5)
-    raise AssertionError(f"{url} does not answer within {seconds} s")
-
-
 def test_a_prefect_server_is_reached_and_its_version_read(tmp_path: Path) -> None:
     import prefect
 
@@ -64,7 +47,7 @@ def test_a_prefect_server_is_reached_and_its_version_read(tmp_path: Path) -> Non
     chosen = {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
     home = {"PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
     with process(tmp_path, "prefect", "server", "start", "--host", "127.0.0.1", "--port", port, **home):
-        wait_for(f"http://127.0.0.1:{port}/api/health")
+        until_it_answers(f"http://127.0.0.1:{port}/api/health")
         [found] = check_prefect(clocks, chosen)
     assert found.state == "ok" and f"version {prefect.__version__}, here {prefect.__version__}" in found.found
     assert abs(clocks.ahead["Prefect"]) < 5
@@ -84,7 +67,7 @@ def test_a_ray_head_says_its_version_and_resources_to_who_has_the_token(tmp_path
              f"--dashboard-port={dashboard}", "--include-dashboard=true", f"--ray-client-server-port={free_port()}",
              f"--temp-dir={short}", "--disable-usage-stats")  # fmt: skip
     with process(tmp_path, *start, **own):
-        wait_for(f"http://127.0.0.1:{dashboard}/api/version")
+        until_it_answers(f"http://127.0.0.1:{dashboard}/api/version")
         end = time.monotonic() + 120  # until the head has told the dashboard what it has
         while (found := list(check_ray(clocks, chosen | own)))[-1].state != "ok" and time.monotonic() < end:
             time.sleep(1)

@@ -21,8 +21,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from federation_processes import MAKE_CERTIFICATES, Federation, family, federation, kill_all, rounds, until, write_app
+from federation_processes import MAKE_CERTIFICATES, Federation, family, federation, kill_all, rounds, write_app
 from typer.testing import CliRunner
+from waiting import until
 
 from clients.hub import HubError, HubOptions, ask_hub, is_locked, run_hub
 from clients.node import read_state, running

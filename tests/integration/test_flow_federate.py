@@ -16,12 +16,13 @@ pytest.importorskip("prefect")
 pytest.importorskip("flwr")
 
 from federation_here import run_here
-from federation_processes import family, until
+from federation_processes import family
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.states import Failed
 from prefect_here import own_prefect
 from tiny_data import draw, prepare_here
+from waiting import until
 
 from clients.result import make_plan
 from clients.simulation import claim

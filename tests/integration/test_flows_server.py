@@ -13,8 +13,9 @@ import pytest
 pytest.importorskip("prefect")
 pytest.importorskip("ray")
 
-from prefect_here import Server, a_server, stop, until
+from prefect_here import Server, a_server, stop
 from tiny_data import draw, prepare_here
+from waiting import until
 
 from dermaflow.bundles.bundle import load_bundle
 

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -25,10 +24,11 @@ pytest.importorskip("prefect")
 
 from lifecycle_here import RECIPE, Ward, arrive
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-from prefect_here import Server, a_server, stop, until
+from prefect_here import Server, a_server, stop
 from tiny_bundle import a_bundle, save_tiny
 from tiny_data import snapshot
 from typer.testing import CliRunner
+from waiting import free_port, until
 
 from dermaflow.bundles.registry import Registry
 from dermaflow.cli.main import app
@@ -388,10 +388,7 @@ def _runs_of(server: Server, deployment: str) -> list[str]:
 
 
 def test_a_service_that_does_not_answer_is_said_and_nothing_fails() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        found = await_service(url, "tiny-1", wait=0)
+    found = await_service(f"http://127.0.0.1:{free_port()}", "tiny-1", wait=0)
     assert found.version is None and found.problem is not None and "no answer" in found.problem
 
 
@@ -399,9 +396,7 @@ def test_a_service_that_does_not_answer_is_said_and_nothing_fails() -> None:
 def test_a_running_service_takes_the_new_champion(here: None, ward: Ward) -> None:
     """No request fails while the model changes."""
     pytest.importorskip("ray.serve")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     old, statuses, done = Registry(ward.registry).champion(), [], threading.Event()
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PREFECT_"))}

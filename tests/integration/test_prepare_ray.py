@@ -6,13 +6,12 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-from moto.server import ThreadedMotoServer
 from PIL import Image
+from s3_here import own_s3
 from tiny_data import add_image, draw, image_files, noise, prepare_here, snapshot
 
 from dermaflow import storage
@@ -28,26 +27,13 @@ from dermaflow.schemas.shard import SPLITS
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[str]:
     """A Ray of two CPUs, and the address of a bucket that its workers know, too."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(name, value)
+    with own_s3("hospital"), pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("OMP_NUM_THREADS", "1")
-        boto3.client("s3").create_bucket(Bucket="hospital")
         ray.shutdown()  # one that an earlier test left knows nothing of this bucket
         connect(cpus=2)
         yield "s3://hospital"
         ray.shutdown()
-    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serve_parts import free_port
 from small_archives import lesion_jpegs, scoring_bundle
+from waiting import free_port, until_it_answers
 
 from dermaflow import monitoring
 from dermaflow.logs import JsonLines
@@ -27,18 +27,6 @@ ROOT = Path(__file__).parents[2]
 PATIENT = "Mueller_Erika_1954"
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def wait_for(url: str) -> None:
-    end = time.monotonic() + 60
-    while True:
-        try:
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        assert time.monotonic() < end, f"{url} does not answer"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +43,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_for(f"{address}/-/ready")
+        until_it_answers(f"{address}/-/ready")
         yield address
     finally:
         process.terminate()
@@ -165,7 +153,7 @@ def test_prometheus_reads_them_and_the_rules(tmp_path: Path, gateway: str, monke
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        wait_for(f"http://127.0.0.1:{port}/-/ready")
+        until_it_answers(f"http://127.0.0.1:{port}/-/ready")
         query = {"query": 'dermaflow_flow_runs_total{job="dermaflow-flows", flow="score", state="completed"}'}
         end = time.monotonic() + 60
         while True:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
+from s3_here import own_s3
 from tiny_bundle import a_bundle, save_tiny
 
 from dermaflow import storage
@@ -17,22 +16,10 @@ from dermaflow.errors import BundleError, RegistryError, StorageError
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def bucket() -> Iterator[str]:
     """The address of an empty bucket on a server of its own."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="hospital")
-    yield "s3://hospital"
-    server.stop()
+    with own_s3("hospital"):
+        yield "s3://hospital"
 
 
 def test_the_life_of_two_models(bucket: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from serve_parts import a_jpeg, a_zip, free_port, save_servable
+from serve_parts import a_jpeg, a_zip, save_servable
+from waiting import free_port, until
 
 pytest.importorskip("python_multipart")
 ray = pytest.importorskip("ray")
@@ -74,14 +75,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     finally:
         cli.stop()
         disconnect()
-
-
-def until(done: Callable[[], Any], seconds: float = 200, every: float = 0.3) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := done()):
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(every)
-    return found
 
 
 def form(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:

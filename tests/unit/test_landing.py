@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pandas as pd
 import pytest
-from moto.server import ThreadedMotoServer
+from s3_here import own_s3
 from sample_pathways import write_findings
 from tiny_data import draw, image_files, metadata, noise, prepare_here, snapshot
 
@@ -123,18 +122,9 @@ def test_an_empty_landing_area_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="hospital")
-    yield "s3://hospital/in/landing"
-    server.stop()
+def bucket() -> Iterator[str]:
+    with own_s3("hospital"):
+        yield "s3://hospital/in/landing"
 
 
 def test_on_an_object_store_it_reads_the_same(bucket: str, landing: Path, tmp_path: Path) -> None:

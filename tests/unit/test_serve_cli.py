@@ -9,6 +9,7 @@ import pytest
 import yaml
 from serve_parts import save_servable
 from typer.testing import CliRunner
+from waiting import free_port
 
 from dermaflow.bundles.registry import Registry
 from dermaflow.settings import settings
@@ -61,7 +62,7 @@ def test_a_model_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("DERMAFLOW_REGISTRY", str(tmp_path / "registry"))
     settings.cache_clear()
     try:
-        code, text = run("--port", _free(), "--state", tmp_path / "state")
+        code, text = run("--port", free_port(), "--state", tmp_path / "state")
     finally:
         settings.cache_clear()
     assert code == 1 and "model" in text
@@ -100,9 +101,3 @@ def test_the_config_file_is_one_that_serve_deploys() -> None:
     found = ServeDeploySchema.model_validate(content)
     Options.model_validate(found.applications[0].args)
     assert found.logging_config is not None and not found.logging_config.enable_access_log
-
-
-def _free() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
