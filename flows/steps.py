@@ -12,7 +12,7 @@ from prefect.runtime import flow_run
 from dermaflow import storage
 from dermaflow.bundles.registry import Registry
 from dermaflow.learning.recipe import Recipe
-from dermaflow.scoring.planning import resolve_model
+from dermaflow.scoring.planning import model_of_run
 from dermaflow.scoring.sources import fingerprint, identify
 from flows import artifacts
 from flows.agreed import Rule
@@ -79,7 +79,7 @@ def scored(source: str, output: str, *, model: str, patients: str | None, hours:
     """Findings and summary of every image of a source, and the pathways of its patients, in `output`."""
     source, output = _absolute(source), _absolute(output)
     patients = None if patients is None else _absolute(patients)
-    chosen = resolve_model(model)  # the champion of this moment: a run does not change its model midway
+    chosen = model_of_run(model, output)  # the champion of this moment: a run does not change its model midway
     content = fingerprint(identify(source), lambda uri: uri in (output, patients))
     people = None if patients is None else storage.sha256_file(patients)
     key = cache_key("score", source, content, chosen.sha256, people, output)

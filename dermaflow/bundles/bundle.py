@@ -36,7 +36,8 @@ from dermaflow.taxonomy import CODES
 MAX_BYTES = 4 << 30
 """Largest file that is read: seven times the weights of VGG16, the largest backbone here."""
 
-_TENSORS = {"features": np.float16, "mean": np.float32, "whitener": np.float32}
+_TENSORS = {"features": (np.float16,), "mean": (np.float32,), "whitener": (np.float32, np.float16)}
+"""The types that a tensor of a reference may have; another is stored as the first."""
 _IDS = ("image_ids", "lesion_ids", "dx")
 _OLDER = ("dermaflow-bundle/1",)
 """Formats whose weights can be read, and whose calibration cannot."""
@@ -94,7 +95,11 @@ def save_bundle(
     hashes: dict[str, object] = {"card_sha256": storage.sha256(files[CARD_NAME])}
     hashes["weights_sha256"] = storage.sha256(files[WEIGHTS_NAME])
     if reference is not None and calibration is not None and calibration.ood is not None:
-        tensors = {name: np.ascontiguousarray(getattr(reference, name), kind) for name, kind in _TENSORS.items()}
+        found = {name: getattr(reference, name) for name in _TENSORS}
+        tensors = {
+            name: np.ascontiguousarray(value, value.dtype if value.dtype in _TENSORS[name] else _TENSORS[name][0])
+            for name, value in found.items()
+        }
         files[OOD_NAME] = safetensors.numpy.save(tensors)
         files[REFERENCE_NAME] = json.dumps({name: getattr(reference, name) for name in _IDS}).encode()
         digests = {

@@ -1,13 +1,15 @@
-"""dermaflow models list | add | show | promote | rollback | history | compare."""
+"""dermaflow models list | add | shrink | show | promote | rollback | history | compare."""
 
 from __future__ import annotations
 
 import getpass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dermaflow.bundles.registry import CHAMPION, Registry, Version
+from dermaflow.bundles.small import make_small
 from dermaflow.cli.console import command, console, print_table
 from dermaflow.settings import settings
 
@@ -52,6 +54,19 @@ def add(
     """Put a bundle into the registry as a version that never changes again."""
     version = _open(registry).add(bundle, name=name)
     console.print(f"{version.id}; next: dermaflow models promote {version.id} --reason WHY", soft_wrap=True)
+
+
+@app.command()
+@command
+def shrink(
+    model: Annotated[str, typer.Argument(help="Calibrated bundle, local or s3://.")],
+    out: Annotated[Path, typer.Option(help="Folder of the small bundle.")],
+    name: Annotated[str | None, typer.Option(help="Name of the small model; default the old one with -small.")] = None,
+) -> None:
+    """Store a model at a quarter of its size: bfloat16 weights, no training image named."""
+    small = make_small(model, out, name)
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    console.print(f"{out}: {small.bundle.name}, {size:.1f} MB; next: dermaflow evaluate --model {out} --shards SHARDS")
 
 
 @app.command()

@@ -70,7 +70,8 @@ class Reference:
     Attributes:
         features: float16 [N, D], L2-normalised features of the network (one view).
         mean: float32 [D], of the features as they are.
-        whitener: float32 [D, D]; (feature - mean) @ whitener has the length of the Mahalanobis distance over sqrt(D).
+        whitener: float32 [D, D], float16 in a small model; (feature - mean) @ whitener has the length of the
+            Mahalanobis distance over sqrt(D).
         image_ids: [N].
         lesion_ids: [N].
         dx: [N], codes of the diagnoses.
@@ -166,3 +167,4 @@ class Bundle(_Strict):
     training: TrainingRecord
     calibration: Calibration | None = None
     metrics: dict[str, float] | None = None  # headline figures on the test split, once evaluated
+    made_small_from: str | None = None  # SHA-256 of ``bundle.json`` of the model it was stored anew from

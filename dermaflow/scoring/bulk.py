@@ -43,7 +43,7 @@ from dermaflow.scoring.plan import (
     commit_file,
     parts_of,
 )
-from dermaflow.scoring.planning import begin, resolve_model
+from dermaflow.scoring.planning import begin, model_of_run
 from dermaflow.scoring.summary import Summary, read_summary, summarise, write_summary
 from dermaflow.settings import settings, start_logging
 
@@ -90,7 +90,7 @@ def score(
     report = progress or (lambda status: None)
     out, patients = _absolute(out), _absolute(patients) if patients else None
     report(Status())
-    chosen = resolve_model(model)
+    chosen = model_of_run(model, out)
     plan = begin(
         source, out, chosen, patients, options, listed=lambda count: report(Status(total=count, state="planning"))
     )

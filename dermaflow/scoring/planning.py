@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import pyarrow.parquet as pq
 
 from dermaflow import __version__, storage
 from dermaflow.bundles.bundle import parse_bundle, read_description
-from dermaflow.bundles.registry import Registry
+from dermaflow.bundles.registry import CHAMPION, Registry
+from dermaflow.bundles.small import shipped_model
 from dermaflow.errors import BundleError, DataError, RegistryError, StorageError
 from dermaflow.schemas.bundle import BUNDLE_NAME, Bundle
 from dermaflow.scoring.archives import unpack
@@ -31,7 +33,10 @@ from dermaflow.scoring.plan import (
 )
 from dermaflow.scoring.references import INPUT_SCHEMA, Reference, Source
 from dermaflow.scoring.sources import Skip, fingerprint, identify, list_inputs
+from dermaflow.scoring.summary import read_summary
 from dermaflow.settings import settings
+
+log = logging.getLogger(__name__)
 
 MOST_ROWS, FEWEST_ROWS = 512, 16
 """Inputs of a part: about a second of work or two, and never so few that writing them costs more than scoring."""
@@ -56,8 +61,10 @@ class Model:
 def resolve_model(model: str) -> Model:
     """A bundle folder or address as it is; anything else is a version of the registry.
 
+    Where there is no registry yet, the champion is the model that comes with DermaFlow.
+
     Raises:
-        RegistryError: The registry does not know it, or holds nothing yet.
+        RegistryError: The registry does not know it.
         BundleError: It is damaged or has no calibration.
     """
     uri = _absolute(model)
@@ -67,20 +74,38 @@ def resolve_model(model: str) -> Model:
         registry = Registry(_absolute(settings().registry))
         try:
             version = registry.show(model)
-        except RegistryError as error:
-            if registry.list():
+            uri, name = storage.join(registry.uri, "models", version.id), version.id
+        except RegistryError:
+            if model != CHAMPION or registry.list():
                 raise
-            raise RegistryError(
-                "holds no model", where=settings().registry, expected="a trained model to score with",
-                todo="train one (dermaflow train), then dermaflow models add and promote; or name a bundle with "
-                "--model FOLDER; or try everything with dermaflow demo",
-            ) from error  # fmt: skip
-        uri, name = storage.join(registry.uri, "models", version.id), version.id
+            uri, name = str(shipped_model()), ""
+            log.warning(
+                "the registry %s is empty: using the model that comes with DermaFlow, for research only",
+                settings().registry,
+            )
     content, sha256 = read_description(uri)
     bundle = parse_bundle(content, where=uri)
     if bundle.calibration is None:
         raise BundleError("no calibration", where=uri, todo="run dermaflow calibrate")
     return Model(name or bundle.name, uri, sha256, bundle)
+
+
+def model_of_run(model: str, out: str) -> Model:
+    """The model to score into a folder with; a run that was cut off goes on with the champion it began with.
+
+    Args:
+        model: See `resolve_model`.
+        out: Folder of the run, absolute or s3://.
+
+    Raises:
+        RegistryError, BundleError: As `resolve_model`.
+    """
+    plan = read_plan(out) if model == CHAMPION and read_summary(out) is None else None
+    if plan is None:
+        return resolve_model(model)
+    begun = resolve_model(plan.model_uri)
+    log.info("%s was begun with the model %s and goes on with it", out, plan.model)
+    return Model(plan.model, begun.uri, begun.sha256, begun.bundle)
 
 
 def begin(

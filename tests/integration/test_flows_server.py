@@ -132,6 +132,7 @@ def test_pipeline_asked_for_through_the_api(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_cancelled_through_the_api_leaves_no_ray_behind(
     server: Server, runner: subprocess.Popen[bytes], shards: Path, long_recipe: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ def source_of(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_score_on_a_cluster_that_loses_a_node(tmp_path: Path) -> None:
     """The command on two workers with one CPU each; one of them is gone while it scores."""
     source, out, model = source_of(tmp_path / "source"), tmp_path / "out", scoring_bundle(tmp_path / "model")

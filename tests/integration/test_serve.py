@@ -324,6 +324,7 @@ def test_a_running_batch_can_be_cancelled_and_the_next_one_goes_on(world: World)
     assert ended(world, second)["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_restart_of_serve_and_a_killed_runner_lose_and_repeat_nothing(world: World) -> None:
     id = submit(world, a_zip(1000))
     until(lambda: batch(world, id)["done"] > 0, 500, every=0.05)

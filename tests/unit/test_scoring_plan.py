@@ -14,13 +14,15 @@ from tiny_bundle import a_bundle, a_calibration
 
 from dermaflow import storage
 from dermaflow.bundles.registry import Registry
+from dermaflow.bundles.small import shipped_model
 from dermaflow.errors import BundleError, DataError, RegistryError, StorageError
 from dermaflow.schemas.finding import Finding, findings_table
 from dermaflow.scoring import plan as plans
+from dermaflow.scoring.bulk import score
 from dermaflow.scoring.parts import PartScorer, verified_part
 from dermaflow.scoring.patients import image_lesions, without_images
 from dermaflow.scoring.plan import Commit, Inputs, Options, Progress, read_failures, read_status
-from dermaflow.scoring.planning import Model, begin, resolve_model
+from dermaflow.scoring.planning import Model, begin, model_of_run, resolve_model
 from dermaflow.scoring.summary import active_seconds, drift, summarise, summary_page
 from dermaflow.settings import settings
 from dermaflow.taxonomy import CODES
@@ -97,8 +99,9 @@ def test_no_source_no_model_no_disk(tmp_path: Path, model: Model, monkeypatch: p
 
     monkeypatch.setenv("DERMAFLOW_REGISTRY", str(tmp_path / "registry"))
     settings.cache_clear()
-    with pytest.raises(RegistryError, match=r"holds no model.*Train one \(dermaflow train\).*--model FOLDER"):
-        resolve_model("champion")
+    assert resolve_model("champion").uri == str(shipped_model())
+    with pytest.raises(RegistryError, match="holds no model"):
+        resolve_model("another")
     with pytest.raises(BundleError, match="no such file"):
         resolve_model("file:///nowhere/model")
     registry = Registry(tmp_path / "registry")
@@ -116,6 +119,25 @@ def test_no_source_no_model_no_disk(tmp_path: Path, model: Model, monkeypatch: p
     with pytest.raises(StorageError, match=r"No space left on device.*run the same command again"):
         begin(str(folder_of(tmp_path / "in", 2)), str(tmp_path / "full"), model, None, Options())
     assert read_status(str(tmp_path / "full")).state == "planning"
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_champion_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DERMAFLOW_REGISTRY", str(tmp_path / "registry"))
+    settings.cache_clear()
+    registry, out = Registry(tmp_path / "registry"), str(tmp_path / "out")
+    first, second = (registry.add(scoring_bundle(tmp_path / name, seed=i)) for i, name in enumerate("ab"))
+    registry.promote(first.id, reason="r", by="Ada")
+    folder_of(tmp_path / "in", 12)
+    begin(str(tmp_path / "in"), out, model_of_run("champion", out), None, Options())
+    registry.promote(second.id, reason="better", by="Ada")
+    assert model_of_run("champion", out).sha256 == first.sha256
+    assert model_of_run("champion", str(tmp_path / "other")).sha256 == second.sha256
+    assert score(str(tmp_path / "in"), out, use_ray=False).model_sha256 == first.sha256
+    with pytest.raises(DataError, match="a run with another model"):  # it is finished: nothing is to be gone on with
+        score(str(tmp_path / "in"), out, use_ray=False)
+    settings.cache_clear()
 
 
 def test_a_part_is_done_when_its_commit_stands(tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
