@@ -82,6 +82,11 @@ def deploy(
                 say(line)
     except httpx.TransportError as error:
         raise DeployError(f"does not answer ({type(error).__name__})", where=url, todo="start the server") from error
+    except httpx.HTTPStatusError as error:
+        raise DeployError(
+            f"answers {error.response.status_code}", where=url, expected="a Prefect server that is up",
+            todo="wait until it says so (it may be making its database) and deploy again, or look into its log",
+        ) from error  # fmt: skip
 
 
 def _make_pool(client: SyncPrefectClient, folder: Path, pool: str, kind: str) -> str:

@@ -164,7 +164,7 @@ def keep_learning(soak: Soak, api: Api, ward: Ward) -> None:
         else:
             soak.problems.append(f"turn {turn} of the lifecycle never ended")
         turn += 1
-        soak.over.wait(20)
+        soak.over.wait(60)
 
 
 def keep_asking(soak: Soak, url: str) -> None:

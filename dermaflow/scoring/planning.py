@@ -33,7 +33,6 @@ from dermaflow.scoring.plan import (
 )
 from dermaflow.scoring.references import INPUT_SCHEMA, Reference, Source
 from dermaflow.scoring.sources import Skip, fingerprint, identify, list_inputs
-from dermaflow.scoring.summary import read_summary
 from dermaflow.settings import settings
 
 log = logging.getLogger(__name__)
@@ -91,7 +90,9 @@ def resolve_model(model: str) -> Model:
 
 
 def model_of_run(model: str, out: str) -> Model:
-    """The model to score into a folder with; a run that was cut off goes on with the champion it began with.
+    """The model to score into a folder with: the champion of a run is the one it was begun with.
+
+    So a run that was cut off can go on, and one that is finished stays so, when another model is promoted meanwhile.
 
     Args:
         model: See `resolve_model`.
@@ -100,11 +101,13 @@ def model_of_run(model: str, out: str) -> Model:
     Raises:
         RegistryError, BundleError: As `resolve_model`.
     """
-    plan = read_plan(out) if model == CHAMPION and read_summary(out) is None else None
+    plan = read_plan(out) if model == CHAMPION else None
     if plan is None:
         return resolve_model(model)
     begun = resolve_model(plan.model_uri)
-    log.info("%s was begun with the model %s and goes on with it", out, plan.model)
+    log.info(
+        "%s was begun with the model %s, and keeps it; another folder is scored with the champion", out, plan.model
+    )
     return Model(plan.model, begun.uri, begun.sha256, begun.bundle)
 
 

@@ -121,9 +121,7 @@ def test_no_source_no_model_no_disk(tmp_path: Path, model: Model, monkeypatch: p
     assert read_status(str(tmp_path / "full")).state == "planning"
 
 
-def test_a_run_that_was_cut_off_goes_on_with_the_champion_it_began_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_keeps_the_champion_it_was_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DERMAFLOW_REGISTRY", str(tmp_path / "registry"))
     settings.cache_clear()
     registry, out = Registry(tmp_path / "registry"), str(tmp_path / "out")
@@ -135,8 +133,9 @@ def test_a_run_that_was_cut_off_goes_on_with_the_champion_it_began_with(
     assert model_of_run("champion", out).sha256 == first.sha256
     assert model_of_run("champion", str(tmp_path / "other")).sha256 == second.sha256
     assert score(str(tmp_path / "in"), out, use_ray=False).model_sha256 == first.sha256
-    with pytest.raises(DataError, match="a run with another model"):  # it is finished: nothing is to be gone on with
-        score(str(tmp_path / "in"), out, use_ray=False)
+    assert score(str(tmp_path / "in"), out, use_ray=False).model_sha256 == first.sha256  # finished, and stays so
+    with pytest.raises(DataError, match="a run with another model"):
+        score(str(tmp_path / "in"), out, model=second.id, use_ray=False)
     settings.cache_clear()
 
 

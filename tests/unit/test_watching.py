@@ -174,6 +174,7 @@ def test_promtool_agrees() -> None:
     for command in (
         ["check", "rules", str(ALERTS)],
         ["check", "config", "--syntax-only", str(folder / "prometheus.yaml")],
+        ["check", "config", "--syntax-only", str(folder / "one-machine.yaml")],
         ["test", "rules", str(ROOT / "tests/alerts_test.yaml")],
     ):
         done = subprocess.run(["promtool", *command], capture_output=True, text=True, timeout=60)
