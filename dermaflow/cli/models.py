@@ -63,7 +63,7 @@ def shrink(
     out: Annotated[Path, typer.Option(help="Folder of the small bundle.")],
     name: Annotated[str | None, typer.Option(help="Name of the small model; default the old one with -small.")] = None,
 ) -> None:
-    """Store a model at a quarter of its size: bfloat16 weights, no training image named."""
+    """Store a model at a quarter of its size: float16 weights, no training image named."""
     small = make_small(model, out, name)
     size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
     console.print(f"{out}: {small.bundle.name}, {size:.1f} MB; next: dermaflow evaluate --model {out} --shards SHARDS")

@@ -134,7 +134,7 @@ def _making_facts(bundle: Bundle) -> tuple[tuple[str, str], ...]:
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(training.versions.items()))),
     ]
     if bundle.made_small_from:
-        facts.append(("stored anew", f"in bfloat16, from model {bundle.made_small_from[:12]}; no training image named"))
+        facts.append(("stored anew", f"in float16, from model {bundle.made_small_from[:12]}; no training image named"))
     if training.federation:
         facts.append(("federation", training.federation.in_words()))
     if calibration:

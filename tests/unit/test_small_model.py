@@ -45,7 +45,7 @@ def test_it_says_the_same_and_names_no_image(large: Path, tmp_path: Path) -> Non
 
     full, images = Predictor(load_bundle(large)), list(lesion_jpegs())
     before, after = full.answer(images), Predictor(small).answer(images)
-    assert np.abs(before.p - after.p).max() < 0.01
+    assert np.abs(before.p - after.p).max() < 2e-3
 
     assert small.reference is not None and small.reference.image_ids == small.reference.lesion_ids == ()
     points = np.random.default_rng(1).normal(size=(50, 128))
