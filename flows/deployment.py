@@ -139,11 +139,13 @@ def _block(client: SyncPrefectClient, notify: str) -> str:
 
 def _automations(client: SyncPrefectClient, file: Path, block: str | None) -> list[str]:
     wanted = yaml.safe_load(file.read_text(encoding="utf-8"))["automations"]
-    if block is None:
-        return [f"no notifications ({len(wanted)} automations of {file} left out): name a block with --notify"]
     lines = []
     for content in wanted:
-        for action in content["actions"]:
+        messages = [action for action in content["actions"] if action["type"] == "send-notification"]
+        if messages and block is None:
+            lines.append(f"automation {content['name']!r} is left out: name a block with --notify")
+            continue
+        for action in messages:
             action["block_document_id"] = block
         automation = AutomationCore.model_validate(content)
         there = client.read_automations_by_name(automation.name)

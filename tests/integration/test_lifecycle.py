@@ -286,9 +286,25 @@ def test_deployments_forms_schedules_and_automations_are_on_the_server(server: S
     )
     assert refused.status_code == 422 or refused.status_code == 409, refused.text
 
-    automations = server.post("/automations/filter", {})
-    assert [a["name"] for a in automations] == ["dermaflow retrain"]
-    assert automations[0]["actions"][0]["deployment_id"] == found["lifecycle/retrain"]["id"]
+    automations = {a["name"]: a for a in server.post("/automations/filter", {})}
+    assert sorted(automations) == ["dermaflow never began", "dermaflow retrain"]
+    assert automations["dermaflow retrain"]["actions"][0]["deployment_id"] == found["lifecycle/retrain"]["id"]
+
+
+def test_a_run_that_never_begins_gives_its_place_in_the_queue_free(server: Server, deployed: Ward) -> None:
+    """Its process died between being submitted and running, as when a worker is killed."""
+    [given] = [a for a in server.post("/automations/filter", {}) if a["name"] == "dermaflow never began"]
+    assert given["trigger"]["within"] == 900
+    content = {key: given[key] for key in ("description", "enabled", "actions")} | {"name": "never began, at once"}
+    trigger = {key: value for key, value in given["trigger"].items() if key != "id"} | {"within": 10}
+    made = server.post("/automations/", content | {"trigger": trigger})
+    try:
+        id = server.get("/deployments/name/lifecycle/watch")["id"]
+        run = server.post(f"/deployments/{id}/create_flow_run", {})["id"]
+        server.post(f"/flow_runs/{run}/set_state", {"state": {"type": "PENDING", "name": "Submitting"}})
+        until(lambda: server.state(run) == "CRASHED", 90, "the run is given up")
+    finally:
+        server.api.delete(f"/automations/{made['id']}").raise_for_status()
 
 
 @pytest.mark.parametrize("kind", ["docker", "kubernetes"])
@@ -356,7 +372,9 @@ def test_a_limit_starts_the_retraining_and_people_are_told(
     nightly = server.get("/deployments/name/score/nightly")
     assert [s["active"] for s in nightly["schedules"]] == [False]  # one, though it was deployed twice
     names = sorted(a["name"] for a in server.post("/automations/filter", {}))
-    assert names == ["dermaflow decided", "dermaflow failed", "dermaflow late", "dermaflow retrain"]
+    assert names == [
+        "dermaflow decided", "dermaflow failed", "dermaflow late", "dermaflow never began", "dermaflow retrain"
+    ]  # fmt: skip
 
     ids = {d["name"]: d["id"] for d in server.post("/deployments/filter", {}) if d["name"] != "dermaflow"}
     arrive(deployed)
