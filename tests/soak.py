@@ -120,7 +120,7 @@ class Api:
         """Ask for a run and wait for its end; its state."""
         id = self.ask("GET", f"/deployments/name/{deployment}")["id"]
         run = self.ask("POST", f"/deployments/{id}/create_flow_run", {"parameters": parameters})["id"]
-        end = time.monotonic() + 900
+        end = time.monotonic() + 1200  # more than the automation takes to give up a run that never began
         while (state := self.ask("GET", f"/flow_runs/{run}")["state"]["type"]) not in ENDED:
             if time.monotonic() > end or over():
                 return f"STUCK IN {state}"
