@@ -11,7 +11,7 @@ pytest.importorskip("ray.serve")
 
 import soak
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_nothing_is_lost_while_parts_die(tmp_path: Path) -> None:

@@ -62,10 +62,10 @@ def test_a_model_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("DERMAFLOW_REGISTRY", str(tmp_path / "registry"))
     settings.cache_clear()
     try:
-        code, text = run("--port", free_port(), "--state", tmp_path / "state")
+        code, text = run("--model", "another", "--port", free_port(), "--state", tmp_path / "state")
     finally:
         settings.cache_clear()
-    assert code == 1 and "model" in text
+    assert code == 1 and "holds no model" in text
 
 
 def test_a_model_is_named_as_in_the_registry(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
