@@ -79,7 +79,7 @@ def scored(source: str, output: str, *, model: str, patients: str | None, hours:
     """Findings and summary of every image of a source, and the pathways of its patients, in `output`."""
     source, output = _absolute(source), _absolute(output)
     patients = None if patients is None else _absolute(patients)
-    chosen = model_of_run(model, output)  # the champion of this moment: a run does not change its model midway
+    chosen = model_of_run(model, output)  # a run keeps the champion it was begun with
     content = fingerprint(identify(source), lambda uri: uri in (output, patients))
     people = None if patients is None else storage.sha256_file(patients)
     key = cache_key("score", source, content, chosen.sha256, people, output)

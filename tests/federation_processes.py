@@ -135,7 +135,7 @@ class Federation:
         )
 
     def wait_for_hub(self) -> None:
-        until(lambda: listens(self.port) and listens(self.admin_port))
+        until(lambda: listens(self.port) and listens(self.admin_port), 30)
 
     def make(self, name: str, shards: str = "shards") -> Path:
         """A new site's folder."""

@@ -35,12 +35,12 @@ def until(holds: Callable[[], T], seconds: float = 200, what: str = "it holds", 
     return found
 
 
-def until_it_answers(url: str, seconds: float = 180) -> None:
-    """Wait until a server answers without an error of its own."""
+def until_it_answers(url: str, seconds: float = 180, below: int = 400) -> None:
+    """Wait until a server answers with a status below this one."""
 
     def answers() -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(url, timeout=10).status_code < 400
+            return httpx.get(url, timeout=10).status_code < below
         return False
 
     until(answers, seconds, f"{url} answers")

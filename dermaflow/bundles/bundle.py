@@ -36,8 +36,6 @@ from dermaflow.taxonomy import CODES
 MAX_BYTES = 4 << 30
 """Largest file that is read: seven times the weights of VGG16, the largest backbone here."""
 
-_TENSORS = {"features": (np.float16,), "mean": (np.float32,), "whitener": (np.float32, np.float16)}
-"""The types that a tensor of a reference may have; another is stored as the first."""
 _IDS = ("image_ids", "lesion_ids", "dx")
 _OLDER = ("dermaflow-bundle/1",)
 """Formats whose weights can be read, and whose calibration cannot."""
@@ -95,11 +93,9 @@ def save_bundle(
     hashes: dict[str, object] = {"card_sha256": storage.sha256(files[CARD_NAME])}
     hashes["weights_sha256"] = storage.sha256(files[WEIGHTS_NAME])
     if reference is not None and calibration is not None and calibration.ood is not None:
-        found = {name: getattr(reference, name) for name in _TENSORS}
-        tensors = {
-            name: np.ascontiguousarray(value, value.dtype if value.dtype in _TENSORS[name] else _TENSORS[name][0])
-            for name, value in found.items()
-        }
+        whitener = np.float16 if bundle.made_small_from else np.float32
+        kinds = {"features": np.float16, "mean": np.float32, "whitener": whitener}
+        tensors = {name: np.ascontiguousarray(getattr(reference, name), kind) for name, kind in kinds.items()}
         files[OOD_NAME] = safetensors.numpy.save(tensors)
         files[REFERENCE_NAME] = json.dumps({name: getattr(reference, name) for name in _IDS}).encode()
         digests = {
@@ -158,7 +154,8 @@ def _read_reference(files: Mapping[str, bytes]) -> Reference:
     """The reference; raises KeyError or SafetensorError for files that are none."""
     tensors, ids = safetensors.numpy.load(files[OOD_NAME]), json.loads(files[REFERENCE_NAME])
     image_ids, lesion_ids, dx = (tuple(ids[name]) for name in _IDS)
-    return Reference(tensors["features"], tensors["mean"], tensors["whitener"], image_ids, lesion_ids, dx)
+    whitener = tensors["whitener"].astype(np.float32, copy=False)
+    return Reference(tensors["features"], tensors["mean"], whitener, image_ids, lesion_ids, dx)
 
 
 def update_bundle(

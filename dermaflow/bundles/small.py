@@ -53,7 +53,7 @@ def make_small(model: str | Path, out: Path, name: str | None = None) -> LoadedB
     reference = full.reference
     if reference is not None:
         none = np.zeros((0, len(reference.mean)), np.float16)
-        reference = Reference(none, reference.mean, reference.whitener.astype(np.float16), (), (), ())
+        reference = Reference(none, reference.mean, reference.whitener, (), (), ())
     chosen = name or f"{bundle.name}-small"
     changes = {"name": chosen, "made_small_from": full.sha256, "metrics": None}
     heading = f"# Model card: {chosen}"

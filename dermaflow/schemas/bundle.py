@@ -70,8 +70,7 @@ class Reference:
     Attributes:
         features: float16 [N, D], L2-normalised features of the network (one view).
         mean: float32 [D], of the features as they are.
-        whitener: float32 [D, D], float16 in a small model; (feature - mean) @ whitener has the length of the
-            Mahalanobis distance over sqrt(D).
+        whitener: float32 [D, D]; (feature - mean) @ whitener has the length of the Mahalanobis distance over sqrt(D).
         image_ids: [N].
         lesion_ids: [N].
         dx: [N], codes of the diagnoses.

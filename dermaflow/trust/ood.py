@@ -120,8 +120,7 @@ def ood_score(features: np.ndarray, reference: Reference) -> np.ndarray:
         float32 [M], about 1 for a training image; above the specification's threshold an image is unusual.
     """
     away = np.asarray(features, dtype=np.float32) - reference.mean
-    whitener = np.asarray(reference.whitener, dtype=np.float32)  # a small model keeps it in float16
-    distance: np.ndarray = np.linalg.norm(away @ whitener, axis=1)
+    distance: np.ndarray = np.linalg.norm(away @ reference.whitener, axis=1)
     return distance
 
 

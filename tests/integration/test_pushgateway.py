@@ -43,7 +43,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:
-        until_it_answers(f"{address}/-/ready")
+        until_it_answers(f"{address}/-/ready", 60)
         yield address
     finally:
         process.terminate()
@@ -153,7 +153,7 @@ def test_prometheus_reads_them_and_the_rules(tmp_path: Path, gateway: str, monke
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        until_it_answers(f"http://127.0.0.1:{port}/-/ready")
+        until_it_answers(f"http://127.0.0.1:{port}/-/ready", 60)
         query = {"query": 'dermaflow_flow_runs_total{job="dermaflow-flows", flow="score", state="completed"}'}
         end = time.monotonic() + 60
         while True:
