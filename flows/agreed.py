@@ -67,6 +67,9 @@ def decide_on_test(
         predict: The same of the champion.
         rule: What better means.
         by: Who decides, for the history.
+
+    Raises:
+        RegistryError: Another model became the champion meanwhile; the same call compares with that one.
     """
     models = Registry(registry)
     version, champion = models.add(model), models.champion()
@@ -85,7 +88,7 @@ def decide_on_test(
             reason = f"{reason} (champion {champion.id})"
         reason = f"{reason}. {rule.in_words()}"
     if better:
-        models.promote(version.id, reason=reason, by=by)
+        models.promote(version.id, reason=reason, by=by, instead_of=champion and champion.id)
     return Decision(version=version.id, promoted=better, reason=reason)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import statistics
@@ -90,15 +91,18 @@ class Soak:
             process.wait()
 
     def measure(self, seconds: float) -> None:
-        """Memory that the long-lived parts hold, each with its children."""
-        held = {}
+        """Memory that the long-lived parts hold; the service by the parts that it consists of."""
+        held: Counter[str] = Counter()
         for name, process in self.processes.items():
             with contextlib.suppress(psutil.Error):
-                family = [psutil.Process(process.pid)]
-                if name == "service":
-                    family += family[0].children(recursive=True)
-                held[name] = sum(member.memory_full_info().pss for member in family) / 1e6
-        self.memory.append((seconds, held))
+                own = psutil.Process(process.pid)
+                held[name] = own.memory_full_info().pss / 1e6
+                for child in own.children(recursive=True) if name == "service" else ():
+                    with contextlib.suppress(psutil.Error):
+                        title = child.cmdline()[0].split("/")[-1]
+                        held[f"service, {title}"] += child.memory_full_info().pss / 1e6
+        held["service, all"] = sum(size for name, size in held.items() if name.startswith("service"))
+        self.memory.append((seconds, dict(held)))
 
 
 class Api:
@@ -270,7 +274,8 @@ def report(soak: Soak, minutes: float, champions: int) -> str:
     lines += [f"Runs: {dict(sorted(soak.runs.items()))}. Answers to single images: {dict(soak.answers)}.", ""]
     lines += ["| memory, MB (PSS) | second quarter | last quarter |", "|---|---|---|"]
     quarter = soak.memory[-1][0] / 4 if soak.memory else 0
-    for name in ("service", "prefect", "worker"):
+    names = {name: max(held.get(name, 0) for _, held in soak.memory) for name in soak.memory[-1][1]}
+    for name in sorted(name for name, most in names.items() if most > 100):
         parts = [
             [held[name] for at, held in soak.memory if low * quarter <= at < high * quarter + 1 and name in held]
             for low, high in ((1, 2), (3, 4))
@@ -336,7 +341,7 @@ def run(root: Path, minutes: float, chosen: list[str] | None = None) -> tuple[So
                 soak.measure(now)
                 time.sleep(min(10, max(0.1, until_seconds - now)))
 
-        names = chosen or list(all_faults)
+        names = list(all_faults) if chosen is None else chosen
         try:
             for number, name in enumerate(names, start=1):
                 watch(minutes * 60 * 0.75 * number / len(names))
@@ -350,6 +355,7 @@ def run(root: Path, minutes: float, chosen: list[str] | None = None) -> tuple[So
             soak.over.set()
             for thread in work:
                 thread.join()
+        (root / "memory.json").write_text(json.dumps(soak.memory))
         check(soak, url)
         return soak, report(soak, (time.monotonic() - began) / 60, len(Registry(ward.registry).history()))
 
@@ -357,9 +363,10 @@ def run(root: Path, minutes: float, chosen: list[str] | None = None) -> tuple[So
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--no-faults", action="store_true", help="Only the work, to look at the memory.")
     parser.add_argument("--keep", type=Path, help="Folder for everything, logs among it, that stays.")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found, text = run(given.keep or Path(scratch), given.minutes)
+        found, text = run(given.keep or Path(scratch), given.minutes, [] if given.no_faults else None)
     print(text)
     sys.exit(1 if found.problems else 0)

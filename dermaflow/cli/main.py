@@ -16,6 +16,7 @@ from dermaflow.cli import models as model_commands
 from dermaflow.cli import pathways as pathway_commands
 from dermaflow.cli import recommend as recommend_commands
 from dermaflow.cli import score as score_commands
+from dermaflow.cli import sweep as sweep_commands
 from dermaflow.cli import trust as trust_commands
 from dermaflow.cli.console import bars, command, console, print_table
 from dermaflow.errors import DataError, RecipeError
@@ -36,6 +37,7 @@ See all of it on synthetic images with **demo**. Machine settings are environmen
 app.add_typer(data_commands.app, name="data")
 app.add_typer(model_commands.app, name="models")
 app.add_typer(pathway_commands.app, name="pathways")
+app.command()(sweep_commands.sweep)
 app.command()(trust_commands.calibrate)
 app.command()(trust_commands.explain)
 app.command()(score_commands.score)

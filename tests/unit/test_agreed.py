@@ -11,8 +11,9 @@ import pytest
 from ham_predictions import ham_like
 from tiny_bundle import REFERENCE, a_bundle, a_calibration, save_tiny, some_weights
 
-from dermaflow.bundles.bundle import save_bundle
+from dermaflow.bundles.bundle import LoadedBundle, save_bundle
 from dermaflow.bundles.registry import Registry
+from dermaflow.errors import RegistryError
 from dermaflow.evaluation.paired import PairedDifference
 from dermaflow.taxonomy import CODES
 from flows.agreed import Rule, decide_on_test
@@ -68,6 +69,20 @@ def test_a_model_that_is_not_better_by_the_margin_is_added_only(tmp_path: Path, 
 
 def test_a_model_that_is_not_worse_passes_where_the_margin_says_so(tmp_path: Path) -> None:
     assert decide(tmp_path, champion(tmp_path), OLD, margin=-0.01).promoted
+
+
+def test_a_model_takes_no_place_that_another_one_took_meanwhile(tmp_path: Path) -> None:
+    registry = Registry(champion(tmp_path))
+    other = registry.add(save_tiny(tmp_path / "other", a_bundle(name="other"), weight=2.0)).id
+
+    def while_another_is_promoted(old: LoadedBundle) -> pd.DataFrame:
+        registry.promote(other, reason="it came first", by="another")
+        return OLD
+
+    model = str(save_tiny(tmp_path / "new", a_bundle(name="new"), weight=1.0))
+    with pytest.raises(RegistryError, match=other):
+        decide_on_test(model, registry.uri, better_by(0.3), while_another_is_promoted, Rule(resamples=200), by="a test")
+    assert registry.champion().id == other
 
 
 def test_a_champion_that_was_trained_on_the_test_is_not_compared(tmp_path: Path) -> None:
