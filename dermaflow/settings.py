@@ -39,5 +39,7 @@ def start_logging() -> None:
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     handler.setFormatter(JsonLines() if settings().log_format == "json" else text)
+    handler.setLevel(settings().log_level)  # Flower's loggers set a lower level of their own: twenty lines a second
     logging.basicConfig(level=settings().log_level, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request, and Flower sends its own log by requests
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # a line a step when a server makes its database

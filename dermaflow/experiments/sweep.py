@@ -159,7 +159,7 @@ def run_trial(
     held = (meta["fold"] == recipe.validation_fold).to_numpy()
     pixels = folder.pixels("train", recipe.input.height, recipe.input.width, threads=settings().threads)[held]
     meta = meta[held].reset_index(drop=True)
-    logits, _ = predict(network.to(memory_format=torch.channels_last), pixels, recipe.input_spec)  # type: ignore[call-overload]
+    logits, _ = predict(network.to(memory_format=torch.channels_last), pixels, recipe.input_spec)
     temperature = fit_temperature(logits, labels_of(meta["dx"]))
     p = pd.DataFrame(scale(logits, temperature, np.zeros(len(CODES))), columns=[f"p_{code}" for code in CODES])
     pd.concat([meta[["image_id", "lesion_id", "dx"]], p], axis=1).to_parquet(place / PREDICTIONS_NAME)

@@ -81,6 +81,19 @@ def test_the_setting_decides(style: str) -> None:
         assert (found := json.loads(said))["message"] == "here" and found["run_id"] == "given"
 
 
+def test_loggers_with_a_lower_level_of_their_own_do_not_get_through() -> None:
+    """Flower's do: its hub wrote twenty lines a second."""
+    program = (
+        "import logging; from dermaflow.settings import start_logging; start_logging(); other = logging.getLogger('flwr');"
+        "other.setLevel('DEBUG'); other.debug('too much'); other.info('here')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"DERMAFLOW_LOG_LEVEL": "INFO"}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert "here" in done.stderr and "too much" not in done.stderr
+
+
 def test_lines_of_a_request_bear_its_id(lines: list[dict[str, object]]) -> None:
     """By the guard of the service, around whatever answers."""
     guard = pytest.importorskip("serve.guard")
