@@ -138,7 +138,7 @@ def status(site: SiteFolder = FOLDER) -> None:
 
 def _line(entry: dict[str, Any]) -> str:
     hidden = {"n", "at", "event", "previous", "hash"}
-    rest = " ".join(f"{key}={value}" for key, value in entry.items() if key not in hidden and value is not None)
+    rest = " ".join(f"{key}={value}" for key, value in entry.items() if key not in hidden and value not in (None, ""))
     return escape(f"{entry['at'][:19]}Z {entry['event']} {rest}".rstrip())
 
 

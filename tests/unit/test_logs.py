@@ -84,8 +84,8 @@ def test_the_setting_decides(style: str) -> None:
 def test_loggers_with_a_lower_level_of_their_own_do_not_get_through() -> None:
     """Flower's do: its hub wrote twenty lines a second."""
     program = (
-        "import logging; from dermaflow.settings import start_logging; start_logging(); other = logging.getLogger('flwr');"
-        "other.setLevel('DEBUG'); other.debug('too much'); other.info('here')"
+        "import logging; from dermaflow.settings import start_logging; start_logging();"
+        "other = logging.getLogger('flwr'); other.setLevel('DEBUG'); other.debug('too much'); other.info('here')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"DERMAFLOW_LOG_LEVEL": "INFO"}, capture_output=True,
