@@ -7,6 +7,7 @@ day and the archive has to stay as it was trained from.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +18,8 @@ from dermaflow import storage
 from dermaflow.datasets.ham10000 import read_ham10000
 from dermaflow.errors import StorageError
 from dermaflow.schemas.lesion import METADATA_COLUMNS
+
+log = logging.getLogger(__name__)
 
 TABLE, ARRIVED = "HAM10000_metadata.csv", "arrived.parquet"
 _COLUMNS = [*METADATA_COLUMNS, "by", "file"]
@@ -36,8 +39,8 @@ def unlearnt(folder: Path, base: Path, labels: pd.DataFrame) -> pd.DataFrame:
         base: HAM10000 folder it begins with; its own images are known.
         labels: As in `grow`.
     """
-    new = ~labels["image_id"].isin(read_ham10000(base).images["image_id"]) & ~_key(labels).isin(_key(arrived(folder)))
-    return labels[new].reset_index(drop=True)
+    labels = _learnable(labels, read_ham10000(base).images)
+    return labels[~_key(labels).isin(_key(arrived(folder)))].reset_index(drop=True)
 
 
 def grow(folder: Path, base: Path, labels: pd.DataFrame, places: dict[str, str]) -> int:
@@ -47,6 +50,7 @@ def grow(folder: Path, base: Path, labels: pd.DataFrame, places: dict[str, str])
         folder: The archive, made if it is not there.
         base: HAM10000 folder it begins with. An image id that it holds already stays as it is there.
         labels: `METADATA_COLUMNS` and ``by``, one row an image; later ones replace what was said of an image before.
+            Those that give a lesion of the first archive another diagnosis are left out.
         places: Address of each image by its id, local or ``s3://``.
 
     Returns:
@@ -61,7 +65,7 @@ def grow(folder: Path, base: Path, labels: pd.DataFrame, places: dict[str, str])
     images.mkdir(parents=True, exist_ok=True)
     for image_id, path in zip(first["image_id"], first["path"], strict=True):
         _link(Path(path), images / f"{image_id}{Path(path).suffix}")
-    labels = labels[~labels["image_id"].isin(first["image_id"])]
+    labels = _learnable(labels, first)
     files = []
     for image_id in labels["image_id"]:
         place = places[image_id]
@@ -79,6 +83,21 @@ def grow(folder: Path, base: Path, labels: pd.DataFrame, places: dict[str, str])
     with storage.open_atomic(folder / ARRIVED) as stream:  # last: with it, the labels count as learnt
         pq.write_table(pa.Table.from_pandas(all_arrived.astype({"age": float}), preserve_index=False), stream)
     return len(all_arrived)
+
+
+def _learnable(labels: pd.DataFrame, first: pd.DataFrame) -> pd.DataFrame:
+    """Labels of new images that do not contradict what the first archive says of their lesion.
+
+    A lesion of two diagnoses is set apart whole, and with it the images of it that were learnt or frozen for the test.
+    """
+    said = labels["lesion_id"].map(first.drop_duplicates("lesion_id").set_index("lesion_id")["dx"])
+    contradicting = said.notna() & (said != labels["dx"])
+    if contradicting.any():
+        log.warning(
+            "%d labels give a lesion of the first archive another diagnosis and are left out; if they are right, "
+            "correct its table", contradicting.sum(),
+        )  # fmt: skip
+    return labels[~contradicting & ~labels["image_id"].isin(first["image_id"])]
 
 
 def _key(labels: pd.DataFrame) -> pd.Series:

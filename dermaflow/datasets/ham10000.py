@@ -280,7 +280,8 @@ def _assemble(root: Path, rows: pd.DataFrame, source: Path, paths: pd.Series) ->
     without_id = rows[rows["image_id"] == ""]
     rows = rows.drop(without_id.index)
     _refuse_duplicates(rows["image_id"], source)
-    rows = rows.assign(lesion_id=_lesion_of_image(rows, source), age=_parse_age(rows, source))
+    lesion, aliases = _lesion_of_image(rows, source)
+    rows = rows.assign(lesion_id=lesion, age=_parse_age(rows, source))
     rows = rows.join(paths, on="image_id")
 
     known = {text: parse_diagnosis(text) for text in rows["dx"].unique() if _is_diagnosis(text)}
@@ -309,7 +310,7 @@ def _assemble(root: Path, rows: pd.DataFrame, source: Path, paths: pd.Series) ->
         ]
     )
     quarantined = quarantined.fillna("").astype("str").sort_values(["reason", "image_id"], ignore_index=True)
-    return LesionArchive(root, good[[*METADATA_COLUMNS, "path"]], quarantined)
+    return LesionArchive(root, good[[*METADATA_COLUMNS, "path"]], quarantined, aliases)
 
 
 def _refuse_duplicates(image_ids: pd.Series, where: Path) -> None:
@@ -346,8 +347,11 @@ def _parse_age(rows: pd.DataFrame, source: Path) -> pd.Series:
     return age
 
 
-def _lesion_of_image(rows: pd.DataFrame, source: Path) -> pd.Series:
-    """The lesion id of each row, the same for hidden duplicates; the image id where the source names no lesion."""
+def _lesion_of_image(rows: pd.DataFrame, source: Path) -> tuple[pd.Series, dict[str, str]]:
+    """The lesion id of each row, the same for hidden duplicates; the image id where the source names no lesion.
+
+    Also the ids that became another one by this.
+    """
     nameless = rows["lesion_id"] == ""
     if nameless.any():
         logger.warning(
@@ -356,10 +360,13 @@ def _lesion_of_image(rows: pd.DataFrame, source: Path) -> pd.Series:
         )  # fmt: skip
     lesion = rows["lesion_id"].mask(nameless, rows["image_id"])
     of_image = pd.Series(lesion.to_numpy(), index=rows["image_id"])
+    aliases: dict[str, str] = {}
     for a, b in hidden_duplicates(rows["image_id"]):
         first, second = sorted((of_image[a], of_image[b]))
-        of_image[of_image == second] = first
-    return pd.Series(of_image.to_numpy(), index=rows.index)
+        if first != second:
+            of_image[of_image == second] = first
+            aliases[second] = first
+    return pd.Series(of_image.to_numpy(), index=rows.index), aliases
 
 
 def _site_of_lesion(images: pd.DataFrame) -> pd.Series:

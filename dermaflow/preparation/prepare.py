@@ -163,7 +163,7 @@ def _quarantine(
     clash = good.groupby("sha256")["dx"].transform("nunique") > 1
     clashing = good[clash].assign(reason="conflicting_diagnosis", detail="identical image under another diagnosis")
     good = good[~clash].copy()
-    good["lesion_id"] = merge_identical(good["lesion_id"], good["sha256"], old_lesions)
+    good["lesion_id"] = merge_identical(good["lesion_id"], good["sha256"], old_lesions, archive.aliases)
     columns = list(QUARANTINE_COLUMNS)
     parts = [archive.quarantined[columns], bad[columns], clashing[columns]]
     quarantined = pd.concat([part for part in parts if len(part)] or [parts[0]], ignore_index=True)
@@ -172,13 +172,19 @@ def _quarantine(
     return good, quarantined
 
 
-def merge_identical(lesion_ids: pd.Series, hashes: pd.Series, old_lesions: pd.DataFrame | None = None) -> pd.Series:
+def merge_identical(
+    lesion_ids: pd.Series,
+    hashes: pd.Series,
+    old_lesions: pd.DataFrame | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> pd.Series:
     """Give lesions that share a byte-identical image one id, also through chains of such images.
 
     Args:
         lesion_ids: Lesion of each image.
         hashes: SHA-256 of each image.
         old_lesions: Columns ``lesion_id`` and ``split`` of the run before.
+        aliases: Other ids of these lesions, under which the run before may have known them.
 
     Returns:
         The lesion of each image. Of several ids, one that was in the test split before comes first, so that its images
@@ -194,7 +200,8 @@ def merge_identical(lesion_ids: pd.Series, hashes: pd.Series, old_lesions: pd.Da
             lesion = up
         return lesion
 
-    for group in lesion_ids.groupby(hashes.to_numpy()).unique():
+    identical = lesion_ids.groupby(hashes.to_numpy()).unique()
+    for group in [*(aliases or {}).items(), *identical]:
         roots = sorted({root(lesion) for lesion in group}, key=lambda lesion: (rank.get(lesion, 3), lesion))
         for other in roots[1:]:
             parent[other] = roots[0]

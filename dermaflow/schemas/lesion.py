@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -25,11 +25,13 @@ class LesionArchive:
         images: One row an image: `METADATA_COLUMNS` (str, ``age`` float years or NaN) and ``path`` (str, absolute).
             Unique ``image_id``, sorted by it. ``lesion_id`` is the same for known hidden duplicates.
         quarantined: Rows that were left out: ``image_id``, ``path``, ``reason``, ``detail`` (all str).
+        aliases: Lesion ids of the source that hidden duplicates made another one, and which.
     """
 
     root: Path
     images: pd.DataFrame
     quarantined: pd.DataFrame
+    aliases: dict[str, str] = field(default_factory=dict)
 
 
 QUARANTINE_COLUMNS: tuple[str, ...] = ("image_id", "path", "reason", "detail")

@@ -20,6 +20,7 @@ from dermaflow.errors import StorageError
 from dermaflow.pathways.outputs.folder import sign_folder
 from dermaflow.pathways.run import recommend_files
 from dermaflow.preparation.layout import read_lesions
+from dermaflow.schemas.lesion import METADATA_COLUMNS
 from dermaflow.scoring.landing import Landing, lesion_of, read_landing
 
 PATIENTS = """patient_id;lesion_id;age;sex;localization;histology
@@ -169,3 +170,18 @@ def test_an_archive_grows_and_no_lesion_moves(tmp_path: Path) -> None:
         grow(archive, base, table, places)
     assert len(arrived(archive)) == 12
     json.dumps(arrived(archive).to_dict("records"))  # plain values
+
+
+def test_a_label_that_contradicts_a_known_lesion_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With both diagnoses the whole lesion would be set apart, with images that may belong to the frozen test."""
+    base, archive = draw(tmp_path / "base", 40), tmp_path / "archive"
+    known = read_ham10000(base).images
+    nevus = known[known["dx"] == "nv"].iloc[0]
+    table = pd.DataFrame([nevus, nevus])[[*METADATA_COLUMNS]].assign(
+        image_id=["n1", "n2"], dx=["mel", "nv"], by="table"
+    )
+    places = dict.fromkeys(["n1", "n2"], nevus["path"])
+    assert unlearnt(archive, base, table)["image_id"].tolist() == ["n2"]
+    assert grow(archive, base, table, places) == 1
+    assert set(read_ham10000(archive).images["image_id"]) == {*known["image_id"], "n2"}
+    assert "1 labels give a lesion of the first archive another diagnosis" in caplog.text

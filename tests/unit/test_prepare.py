@@ -16,9 +16,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tiny_data import add_image, draw, image_files, metadata, noise, prepare_here, snapshot
+from tiny_data import METADATA, add_image, draw, image_files, metadata, noise, prepare_here, snapshot
 
 from dermaflow import storage
+from dermaflow.datasets.ham10000 import HIDDEN_DUPLICATES
 from dermaflow.errors import DataError, ShardError, StorageError
 from dermaflow.preparation import layout
 from dermaflow.preparation.layout import read_lesions, read_manifest
@@ -187,6 +188,24 @@ def test_an_identical_image_under_a_smaller_lesion_id_stays_in_test(data: Path, 
     after = rows_of(out).set_index("image_id")
     assert (after.loc[before.index, "split"] == before["split"]).all()
     assert (after.loc[[f"ISIC_000000{number}" for number in range(12)], "split"] == "test").all()
+
+
+def test_a_hidden_duplicate_under_a_smaller_lesion_id_stays_in_test(data: Path, out: Path) -> None:
+    """The published list says that two images show one lesion; the second one arrives when the first is in the test."""
+    early, late = HIDDEN_DUPLICATES[0]
+    prepare_here(data, out)
+    chosen = rows_of(out).query("split == 'test'")["image_id"].iloc[0]
+    files, table = image_files(data), metadata(data)
+    row = table[table["image_id"] == chosen].iloc[0].to_dict()
+    files[chosen].rename(files[chosen].with_stem(early))
+    table.replace({"image_id": {chosen: early}}).to_csv(data / METADATA, index=False)
+    prepare_here(data, out)
+    assert rows_of(out).set_index("image_id").loc[early, "split"] == "test"
+    add_image(data, row | {"image_id": late, "lesion_id": "HAM_0000000"}, jpeg(noise(2)))
+    prepare_here(data, out)
+    found = rows_of(out).set_index("image_id").loc[[early, late]]
+    assert found["split"].tolist() == ["test", "test"]
+    assert found["lesion_id"].tolist() == [row["lesion_id"]] * 2  # the known one: under a new id it would be dealt anew
 
 
 def test_identical_images_bring_their_lesions_together(data: Path, out: Path) -> None:
