@@ -105,8 +105,8 @@ def write_table(sweep: Sweep, variants: list[Variant], name: str, out: Path) -> 
             cells.append(_cell(variant.differences[figure], "+") if variant.differences else "")
         lines.append("| " + " | ".join([*cells, f"{variant.minutes:.1f}"]) + " |")
     lines += ["", f"![The figures and their intervals]({plot.name})", "", "Changes:", ""]
-    for variant, changes in sweep.variants.items():
-        lines.append(f"- {variant}: " + (", ".join(f"`{key}: {value}`" for key, value in changes.items()) or "none"))
+    for named, changes in sweep.variants.items():
+        lines.append(f"- {named}: " + (", ".join(f"`{key}: {value}`" for key, value in changes.items()) or "none"))
     with storage.open_atomic(page) as stream:
         stream.write(("\n".join(lines) + "\n").encode())
     with storage.open_atomic(plot) as stream:
