@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import psutil
 
 from clients.offline import environment
 from dermaflow.errors import FederationError
@@ -179,7 +180,10 @@ def _until_healthy(link: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 
 def _end(link: subprocess.Popen[bytes]) -> None:
-    """End a process and everything it started, which lives in its session."""
+    """End a process and everything it started; Flower gives some of it, the coordinator's app, a session of its own."""
+    started: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(link.pid).children(recursive=True)
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(link.pid, number)
@@ -190,3 +194,6 @@ def _end(link: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
         time.sleep(0.5)
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -104,12 +104,13 @@ def test_a_run_is_tried_again_where_it_can_go_on(error: Exception, expected: boo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_cancelled_run_leaves_no_process_and_goes_on(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     bare = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     command = [
         sys.executable, "-m", "flows", "federate", "--out", str(out), "--shards", str(here / "shards"), "--recipe",
-        str(here / "tiny.yaml"), "--rounds", "3", "--choices", "resamples=20", "--resamples", "20",
+        str(here / "tiny.yaml"), "--rounds", "150", "--choices", "resamples=20", "--resamples", "20",
         "--registry", str(tmp_path / "registry"),
     ]  # fmt: skip
 
@@ -129,12 +130,20 @@ def test_a_cancelled_run_leaves_no_process_and_goes_on(here: Path, tmp_path: Pat
     started = family(first.pid)
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=200)
-    assert "fedavg: 0 of 3" in said and len(started) > 3
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), 60)
     kept = rounds()
-    assert 1 <= len(kept) < 3
+    assert "fedavg: 0 of 150" in said and len(started) > 3 and 1 <= len(kept) < 150, (len(kept), said[-3000:])
+
+    def alive() -> list[str]:  # one that ended and was not yet taken note of has no words
+        words = [Path(f"/proc/{pid}/cmdline") for pid in started]
+        return [place.read_text().replace("\0", " ") for place in words if place.exists() and place.read_bytes()]
+
+    try:
+        until(lambda: not alive(), 180)  # Ray's own agents end by themselves, some 70 s after its node
+    except AssertionError:
+        raise AssertionError(f"left behind: {alive()}") from None
+    assert rounds() == kept  # nothing trains on
     second = start()
     said, _ = second.communicate(timeout=600)
     assert second.returncode == 0, said
-    assert rounds()[: len(kept)] == kept and len(rounds()) == 3
+    assert rounds()[: len(kept)] == kept and len(rounds()) == 150
     assert Registry(tmp_path / "registry").champion() is not None
