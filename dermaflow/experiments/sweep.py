@@ -169,8 +169,7 @@ def run_trial(
         seconds=sum(entry["seconds"] for entry in history), device=device, threads=settings().threads,
         images=len(meta), temperature=temperature, history=history, versions=versions(),
     )  # fmt: skip
-    with storage.open_atomic(place / RECORD_NAME) as stream:
-        stream.write(record.model_dump_json(indent=1).encode())
+    storage.write_bytes(place / RECORD_NAME, record.model_dump_json(indent=1).encode())
     for checkpoint in place.glob("*.pt"):
         checkpoint.unlink()
     return place

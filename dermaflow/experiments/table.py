@@ -107,8 +107,7 @@ def write_table(sweep: Sweep, variants: list[Variant], name: str, out: Path) -> 
     lines += ["", f"![The figures and their intervals]({plot.name})", "", "Changes:", ""]
     for named, changes in sweep.variants.items():
         lines.append(f"- {named}: " + (", ".join(f"`{key}: {value}`" for key, value in changes.items()) or "none"))
-    with storage.open_atomic(page) as stream:
-        stream.write(("\n".join(lines) + "\n").encode())
+    storage.write_bytes(page, ("\n".join(lines) + "\n").encode())
     with storage.open_atomic(plot) as stream:
         _plot(variants).savefig(stream, format="png", dpi=110)
     return page, plot
