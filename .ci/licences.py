@@ -47,7 +47,7 @@ def licence(name: str) -> str:
     classified = [c.rpartition(" :: ")[2] for c in found.get_all("Classifier") or () if c.startswith(PREFIX)]
     named = [c for c in classified if c != "OSI Approved"]
     first = str(found["License"] or "").strip().partition("\n")[0]
-    return " / ".join(named) or (first if 0 < len(first) <= 80 else "see its files")
+    return " / ".join(named) or (first if 0 < len(first) <= 80 and first != "UNKNOWN" else "see its files")
 
 
 def table() -> str:

@@ -112,6 +112,9 @@ def train(
     recipe: Annotated[str, typer.Option(help="ham10000-cpu, ham10000-seed, demo, or a .yaml file.")],
     out: Annotated[str, typer.Option(help="Folder of the model bundle to write, local or s3://.")],
     weights: Annotated[Path | None, typer.Option(help="First weights of the backbone (.pth, .safetensors).")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Model to learn from, local or s3://, for a recipe with `distillation`.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Ray Train workers; without it, this process trains, without Ray.")
     ] = None,
@@ -119,7 +122,7 @@ def train(
         list[str] | None, typer.Option("--set", help="Change a key of the recipe: --set optim.epochs=3. Repeatable.")
     ] = None,
 ) -> None:
-    """Train a network and calibrate it on the calibration split.
+    """Train a network, or an ensemble, and calibrate it on the calibration split.
 
     Cut off? Run the same command again: it goes on after the last finished epoch.
 
@@ -134,7 +137,7 @@ def train(
     epochs = chosen.optim.head_epochs + chosen.optim.epochs
     with bars() as show, storage.output_folder(out, last=DIGEST_NAME) as folder:
         loaded = run(
-            shards, chosen, folder, weights=weights, workers=workers,
+            shards, chosen, folder, weights=weights, teacher=teacher, workers=workers,
             on_step=lambda epoch, step, steps, loss: show(f"epoch {epoch + 1}/{epochs}", step, steps),
         )  # fmt: skip
     record = loaded.bundle.training

@@ -1,4 +1,4 @@
-"""dermaflow models list | add | shrink | show | promote | rollback | history | compare."""
+"""dermaflow models list | add | shrink | join | show | promote | rollback | history | compare."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from dermaflow.bundles.bundle import load_bundle
 from dermaflow.bundles.registry import CHAMPION, Registry, Version
 from dermaflow.bundles.small import make_small
-from dermaflow.cli.console import command, console, print_table
+from dermaflow.cli.console import bars, command, console, print_table
 from dermaflow.settings import settings
 
 app = typer.Typer(
@@ -71,6 +72,28 @@ def shrink(
 
 @app.command()
 @command
+def join(
+    models: Annotated[list[Path], typer.Argument(help="Two or more models trained from the same shards.")],
+    shards: Annotated[str, typer.Option(help="These shards, local or s3://: the ensemble is calibrated on them.")],
+    out: Annotated[Path, typer.Option(help="Folder of the ensemble.")],
+    name: Annotated[str, typer.Option(help="Name of the ensemble.")] = "ensemble",
+) -> None:
+    """Join finished models into an ensemble: one model, which gives the mean of their logits.
+
+    Example: dermaflow models join runs/a runs/b --shards runs/shards --out runs/both
+    """
+    from dermaflow.learning.ensemble import join_models
+
+    loaded = {str(model): load_bundle(model) for model in models}
+    with bars() as show_bar:
+        found = join_models(loaded, shards, out, name, progress=show_bar)
+    console.print(
+        f"{out}: {found.bundle.backbone}; next: dermaflow evaluate --model {out} --shards {shards} --out REPORT"
+    )
+
+
+@app.command()
+@command
 def show(version: Id = CHAMPION, registry: Where = None) -> None:
     """One version: figures, lineage, card."""
     found = _open(registry).show(version)
@@ -79,6 +102,8 @@ def show(version: Id = CHAMPION, registry: Where = None) -> None:
         ["sha256", found.sha256], ["recipe", f"{training.recipe_name} ({training.recipe_hash[:12]})"],
         ["data", training.data_hash], ["seed", str(training.seed)], ["trained", training.started],
         ["duration", f"{training.seconds / 60:.1f} min, {training.epochs} epochs on {training.device}"],
+        *([["teacher", training.teacher]] if training.teacher else []),
+        *([["members", ", ".join(training.members)]] if training.members else []),
         *([["federation", training.federation.in_words()]] if training.federation else []),
         ["initial weights", training.initial_weights or "none"],
         ["versions", ", ".join(f"{k} {v}" for k, v in training.versions.items())],

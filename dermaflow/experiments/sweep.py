@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dermaflow import storage
-from dermaflow.errors import DataError, RecipeError
+from dermaflow.errors import RecipeError
 from dermaflow.learning.backbones import build
 from dermaflow.learning.inference import predict
 from dermaflow.learning.local import fit_here
@@ -45,7 +45,7 @@ class Sweep(BaseModel):
         recipe: Of which all are variants: a name, or a YAML file.
         variants: Name of each and its changes, dotted keys as in ``{"optim.epochs": 3}``. The first is what the others
             are compared with.
-        folds: Lesion folds of the training split, each held out in a trial of its own.
+        folds: Lesion folds of the training split, or sources of its images, each held out in a trial of its own.
         seeds: Of the training.
     """
 
@@ -54,15 +54,15 @@ class Sweep(BaseModel):
     question: str
     recipe: str
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
-    folds: list[int] = Field([0], min_length=1)
+    folds: list[int | str] = Field([0], min_length=1)
     seeds: list[int] = Field([0], min_length=1)
 
     @property
-    def trials(self) -> list[tuple[str, int, int]]:
+    def trials(self) -> list[tuple[str, int | str, int]]:
         """Variant, fold and seed of each trial: all variants of a fold before the next fold."""
         return [(name, fold, seed) for seed in self.seeds for fold in self.folds for name in self.variants]
 
-    def recipe_of(self, variant: str, fold: int, seed: int) -> Recipe:
+    def recipe_of(self, variant: str, fold: int | str, seed: int) -> Recipe:
         """The recipe of a trial.
 
         Raises:
@@ -88,7 +88,7 @@ class Record(BaseModel):
     recipe_hash: str
     data_hash: str
     initial_weights: str
-    fold: int
+    fold: int | str
     seed: int
     started: str
     seconds: float
@@ -143,7 +143,8 @@ def run_trial(
         ``p_akiec`` ... ``p_vasc`` of each image of the fold).
 
     Raises:
-        RecipeError: The recipe holds no fold out, or one that the shards do not have.
+        RecipeError: The recipe holds no fold out.
+        DataError: The shards have no such fold or source.
     """
     if recipe.validation_fold is None:
         raise RecipeError("holds no fold out", where=recipe.name, expected="validation_fold")
@@ -156,7 +157,7 @@ def run_trial(
     torch.manual_seed(recipe.seed)
     network, history, device = fit_here(build(recipe.backbone), recipe, folder, place, on_step)
     meta = folder.metadata("train")
-    held = (meta["fold"] == recipe.validation_fold).to_numpy()
+    held = folder.held_out(recipe.validation_fold)
     pixels = folder.pixels("train", recipe.input.height, recipe.input.width, threads=settings().threads)[held]
     meta = meta[held].reset_index(drop=True)
     logits, _ = predict(network.to(memory_format=torch.channels_last), pixels, recipe.input_spec)
@@ -183,7 +184,7 @@ def run_sweep(
     at_once: int | None = None,
     on_step: Callable[[str, int, int, float], None] = lambda trial, step, steps, loss: None,
     on_trial: Callable[[int], None] = lambda done: None,
-) -> dict[tuple[str, int, int], Path]:
+) -> dict[tuple[str, int | str, int], Path]:
     """Run the trials that were not run yet.
 
     Args:
@@ -199,11 +200,10 @@ def run_sweep(
         The folder of each trial.
 
     Raises:
-        DataError: A fold that the shards do not have.
+        DataError: A fold or a source that the shards do not have.
     """
-    folds = ShardFolder(shards).manifest.folds
-    if wrong := [fold for fold in sweep.folds if not 0 <= fold < folds]:
-        raise DataError(f"fold {wrong[0]}", where="folds", expected=f"0 to {folds - 1}, as in the shards")
+    for fold in sweep.folds:
+        ShardFolder(shards).held_out(fold)
     recipes = {trial: sweep.recipe_of(*trial) for trial in sweep.trials}
     if at_once is not None:
         from dermaflow.experiments.cluster import run_trials  # without it no Ray is needed

@@ -43,7 +43,7 @@ class Variant(BaseModel):
 
 
 def compare(
-    sweep: Sweep, places: Mapping[tuple[str, int, int], Path], resamples: int = 1000, seed: int = 0
+    sweep: Sweep, places: Mapping[tuple[str, int | str, int], Path], resamples: int = 1000, seed: int = 0
 ) -> list[Variant]:
     """Measure every variant on the held-out images, in the order of the sweep.
 
@@ -89,7 +89,7 @@ def compare(
 def write_table(sweep: Sweep, variants: list[Variant], name: str, out: Path) -> tuple[Path, Path]:
     """Write ``<name>.md`` and ``<name>.png``; returns both paths."""
     page, plot = out / f"{name}.md", out / f"{name}.png"
-    trials = f"{len(sweep.folds)} lesion folds (" + ", ".join(map(str, sweep.folds)) + ")"
+    trials = f"{len(sweep.folds)} parts (" + ", ".join(map(str, sweep.folds)) + ")"
     seeds = "seeds " + ", ".join(map(str, sweep.seeds))
     lines = [
         f"# {sweep.question}", "",

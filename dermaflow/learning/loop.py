@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dermaflow.errors import CheckpointError, DermaflowError
 from dermaflow.learning.augmentation import augment
 from dermaflow.learning.backbones import Network
-from dermaflow.learning.losses import make_loss
+from dermaflow.learning.losses import distance, make_loss
 from dermaflow.learning.optimisation import (
     make_optimizer,
     make_schedule,
@@ -65,6 +65,8 @@ class Run:
         on_step: Called with epoch, step, steps and loss.
         on_epoch: Called after each epoch with its history entry and a function that makes the state to keep.
         moments: What the optimiser remembered after an earlier call (`moments_of`); replaced at the end.
+        teacher: A finished network to learn from, as the recipe's ``distillation`` says.
+        teacher_size: Height and width that it was trained at.
         wrap: Puts the network into DDP.
         rank: Number of this worker.
     """
@@ -79,6 +81,8 @@ class Run:
     correct: Callable[[Network], None] = lambda network: None
     on_step: Callable[[int, int, int, float], None] = lambda epoch, step, steps, loss: None
     on_epoch: Callable[[dict[str, float], Callable[[], State]], None] = lambda entry, state: None
+    teacher: Network | None = None
+    teacher_size: tuple[int, int] = (0, 0)
     wrap: Callable[[nn.Module], nn.Module] = lambda network: network
     rank: int = 0
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -110,6 +114,8 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
     class_weights = torch.tensor(run.rule.loss_weights, dtype=torch.float32, device=run.device)
     loss_of = make_loss(recipe.loss, class_weights, torch.tensor(run.priors, dtype=torch.float32, device=run.device))
     precision = pick_precision(optim, run.device)
+    if run.teacher is not None:
+        run.teacher.to(device=run.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     best: State = {"loss": math.inf, "epoch": -1, "network": {}}
     first_epoch, given = 0, run.moments
     if state is not None:
@@ -147,6 +153,10 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
                 with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
                     logits = model(inputs)
                 loss = loss_of(logits, targets)
+                if recipe.distillation is not None:
+                    share = recipe.distillation.weight
+                    taught = distance(logits, _taught(run, inputs, precision), recipe.distillation.temperature)
+                    loss = (1 - share) * loss + share * taught
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 run.correct(network)
@@ -191,6 +201,15 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
     if optim.patience is not None and best["network"]:
         kept.load_state_dict(best["network"])
     return kept.cpu(), run.history
+
+
+def _taught(run: Run, inputs: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+    """What the teacher says of a batch, at the size it was trained at."""
+    assert run.teacher is not None
+    if inputs.shape[2:] != run.teacher_size:
+        inputs = nn.functional.interpolate(inputs, run.teacher_size, mode="bilinear")
+    with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        return run.teacher(inputs)
 
 
 def _patience_is_spent(run: Run, best: int, start: int) -> bool:

@@ -23,6 +23,26 @@ class LossConfig(BaseModel):
     tau: float = Field(1.0, ge=0, description="logit_adjusted only: weight of the log prior added to the logits.")
 
 
+class DistillationConfig(BaseModel):
+    """How a network learns from a finished one that looks at the same augmented images (Hinton, arXiv 1503.02531).
+
+    That both see the same, however strongly it was augmented, and for long, is what makes it work (Beyer et al., CVPR
+    2022, arXiv 2106.05237).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    weight: float = Field(0.7, ge=0, le=1, description="Share of the teacher in the loss; the labels have the rest.")
+    temperature: float = Field(2.0, gt=0, description="Divides both networks' logits.")
+
+
+def distance(logits: torch.Tensor, teachers: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Kullback-Leibler divergence of logits [N, 7] from a teacher's, mean over images, times temperature squared."""
+    student = functional.log_softmax(logits.float() / temperature, dim=1)
+    teacher = functional.log_softmax(teachers.float() / temperature, dim=1)
+    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
 def make_loss(config: LossConfig, class_weights: torch.Tensor, priors: torch.Tensor) -> Loss:
     """The loss as a function.
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dermaflow.errors import RecipeError
 from dermaflow.learning.augmentation import AugmentConfig
 from dermaflow.learning.backbones import BackboneConfig
-from dermaflow.learning.losses import LossConfig
+from dermaflow.learning.losses import DistillationConfig, LossConfig
 from dermaflow.learning.optimisation import OptimConfig
 from dermaflow.preparation.balancing import BalanceConfig
 from dermaflow.preparation.splits import SplitConfig
@@ -62,12 +62,18 @@ class Recipe(BaseModel):
     backbone: BackboneConfig = BackboneConfig()
     balance: BalanceConfig = BalanceConfig()
     loss: LossConfig = LossConfig()
+    distillation: DistillationConfig | None = Field(
+        None, description="Learn from a finished model too; needs --teacher."
+    )
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
-    validation_fold: int | None = Field(
-        None, ge=0, description="Keep this lesion fold out of training for validation and early stopping."
+    validation_fold: int | str | None = Field(
+        None, description="Keep this lesion fold, or all images of this source, out of training and validate on them."
     )
     monitor_every: int = Field(1, ge=1, description="Epochs between looks at the validation loss.")
+    members: dict[str, dict[str, Any]] = Field(
+        {}, description="An ensemble: name of each member and its changes to this recipe, as in {optim.epochs: 3}."
+    )
     split: SplitConfig = Field(SplitConfig(), description="For prepare.")
     bootstrap: BootstrapConfig = Field(BootstrapConfig(), description="For evaluate.")
 
@@ -81,9 +87,28 @@ class Recipe(BaseModel):
     def digest(self) -> str:
         """SHA-256 of what decides the training; the same digest, data and weights are the same experiment.
 
-        How the data are split is part of the data, and the bootstrap comes after.
+        How the data are split is part of the data, and the bootstrap comes after. What a recipe does not use is left
+        out, so that a key that was added since does not make it another one.
         """
-        return hashlib.sha256(self.model_dump_json(exclude={"split", "bootstrap"}).encode()).hexdigest()
+        unused = {"split", "bootstrap"} | {key for key in ("distillation", "members") if not getattr(self, key)}
+        return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()
+
+    def starting_from(self, weights: Path | None) -> Recipe:
+        """The recipe with the name of a weights file, if there is one, in place of its own weights."""
+        if weights is None:
+            return self
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"weights": weights.name})})
+
+    def member_recipes(self) -> dict[str, Recipe]:
+        """The recipes of an ensemble's members by name.
+
+        Raises:
+            RecipeError: A change names no key, or has an impossible value.
+        """
+        return {
+            name: _changed(self.model_dump(mode="json", exclude={"members"}), {"name": name} | changes, name)
+            for name, changes in self.members.items()
+        }
 
     @property
     def input_spec(self) -> InputSpec:
@@ -125,12 +150,17 @@ def load_recipe(name_or_file: str, changes: dict[str, Any] | None = None) -> Rec
         raise RecipeError(f"not YAML: {error}", where=name_or_file) from error
     if not isinstance(content, dict):
         raise RecipeError(f"a {type(content).__name__}", where=name_or_file, expected="keys and values")
-    for key, value in (changes or {}).items():
+    return _changed(content, changes or {}, name_or_file)
+
+
+def _changed(content: dict[str, Any], changes: dict[str, Any], where: str) -> Recipe:
+    """A recipe from keys and values, with changes on top."""
+    for key, value in changes.items():
         _set(content, key, value)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError("; ".join(_explain(item) for item in error.errors()), where=name_or_file) from error
+        raise RecipeError("; ".join(_explain(item) for item in error.errors()), where=where) from error
 
 
 def _set(content: dict[str, Any], dotted: str, value: Any) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dermaflow import storage
-from dermaflow.errors import ShardError
+from dermaflow.errors import DataError, ShardError
 from dermaflow.preparation.layout import read_lesions, read_manifest
 from dermaflow.preparation.transforms import pixel_batch
 from dermaflow.schemas.shard import SHARD_SCHEMA, Manifest, ShardFile, Split
@@ -96,6 +96,28 @@ class ShardFolder:
         tables = [group.read(_METADATA) for group in self.row_groups(split)]
         table = pa.concat_tables(tables) if tables else SHARD_SCHEMA.empty_table().drop(["image"])
         return table.to_pandas().merge(read_lesions(self.uri)[["lesion_id", "fold"]], on="lesion_id", how="left")
+
+    def held_out(self, part: int | str | None) -> np.ndarray:
+        """Which training images a recipe keeps out of training: bool [N], in the order of `metadata`.
+
+        Args:
+            part: A lesion fold, a source (``site``), or None for no image.
+
+        Raises:
+            DataError: The part holds no training image, or all of them.
+        """
+        meta = self.metadata("train")
+        if part is None:
+            return np.zeros(len(meta), bool)
+        held: np.ndarray = (meta["fold" if isinstance(part, int) else "site"] == part).to_numpy()
+        if not 0 < held.sum() < len(held):
+            sources = ", ".join(sorted(meta["site"].dropna().unique()))
+            named = f"fold {part}" if isinstance(part, int) else f"source {part}"
+            raise DataError(
+                f"{held.sum()} of {len(held)} training images are in {named}", where="validation_fold",
+                expected=f"a fold of the shards, 0 to {self.manifest.folds - 1}, or one of several sources ({sources})",
+            )  # fmt: skip
+        return held
 
     def images(self, split: Split, wanted: set[str] | None = None) -> Iterator[tuple[str, bytes]]:
         """Image ids and encoded images of a split, all or the wanted ids."""

@@ -149,6 +149,8 @@ class TrainingRecord(_Strict):
     initial_weights: str | None  # file name or "torchvision" or None
     versions: dict[str, str]
     federation: FederationRecord | None = None  # None: trained in one place
+    teacher: str | None = None  # SHA-256 of ``bundle.json`` of the model it learnt from
+    members: dict[str, str] = Field(default_factory=dict)  # of an ensemble: name and SHA-256 of ``bundle.json``
 
 
 class Bundle(_Strict):
@@ -156,7 +158,7 @@ class Bundle(_Strict):
 
     format: Literal["dermaflow-bundle/2"] = "dermaflow-bundle/2"
     name: str
-    backbone: str
+    backbone: str  # of an ensemble those of its members, joined by +
     classes: tuple[str, ...] = CODES
     input: InputSpec
     dropout: float

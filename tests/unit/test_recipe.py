@@ -59,7 +59,6 @@ def test_every_wrong_thing_is_named_at_once(tmp_path: Path) -> None:
         ("optim.ema", 1.0),
         ("optim.precision", "float16"),
         ("monitor_every", 0),
-        ("validation_fold", -1),
     ],
 )
 def test_an_impossible_value_is_named_and_shown(key: str, value: object) -> None:
