@@ -18,6 +18,7 @@ def pipeline(
     out: Path,
     recipe: str = "ham10000-cpu",
     weights: Path | None = None,
+    teacher: str | None = None,
     workers: int | None = None,
     seed: int = 0,
     registry: str | None = None,
@@ -34,6 +35,7 @@ def pipeline(
         out: Folder for shards, model and report.
         recipe: Name of a shipped recipe, or a .yaml file.
         weights: First weights of the backbone, in place of the recipe's.
+        teacher: Model to learn from, local or s3://, for a recipe with `distillation`.
         workers: Ray Train workers; without it, the flow's own process trains.
         seed: Seed of the splits and of the bootstrap; that of training stands in the recipe.
         registry: Model registry, a folder or s3://. The model is added, and promoted if it is better than the champion.
@@ -46,7 +48,9 @@ def pipeline(
     with library_run():
         chosen = load_recipe(recipe)  # first: a misspelt recipe shall not cost a preparation
         ready = prepared(data, shards or str(out / "shards"), seed=seed, hours=hours)
-        fitted = trained(ready.path, chosen, model or out / "model", weights=weights, workers=workers, hours=hours)
+        fitted = trained(
+            ready.path, chosen, model or out / "model", weights=weights, teacher=teacher, workers=workers, hours=hours
+        )
         measured = evaluated(
             fitted.path, ready.path, report or out / "report", seed=seed, resamples=resamples, hours=hours
         )

@@ -50,14 +50,17 @@ def prepared(data: Path, shards: str, *, seed: int, hours: float) -> Output:
 
 
 def trained(
-    shards: str, recipe: Recipe, model: Path, *, weights: Path | None, workers: int | None, hours: float
-) -> Output:
+    shards: str, recipe: Recipe, model: Path, *,
+    weights: Path | None, workers: int | None, hours: float, teacher: str | None = None,
+) -> Output:  # fmt: skip
     """A model of these shards by this recipe, in `model`. Other workers are no reason to train again."""
     shards, model = _absolute(shards), model.absolute()
-    key = cache_key("train", shards_identity(shards), recipe.digest, weights_identity(recipe, weights), model)
+    first = weights_identity(recipe, weights)
+    taught = [model_identity(teacher := _absolute(teacher))] if teacher else []
+    key = cache_key("train", shards_identity(shards), recipe.digest, first, *taught, model)
     output = run_once(
         train_model, model_identity, key, hours,
-        shards=shards, recipe=recipe, model=model, weights=weights, workers=workers,
+        shards=shards, recipe=recipe, model=model, weights=weights, teacher=teacher, workers=workers,
     )  # fmt: skip
     artifacts.show_training(str(model))
     return output

@@ -73,10 +73,12 @@ def prepare_shards(data: Path, shards: str, seed: int) -> Output:
 
 
 @task(name="train", **_CAREFUL)
-def train_model(shards: str, recipe: Recipe, model: Path, weights: Path | None, workers: int | None) -> Output:
+def train_model(
+    shards: str, recipe: Recipe, model: Path, weights: Path | None, workers: int | None, teacher: str | None = None
+) -> Output:
     """Train and calibrate a network."""
     with interruptible():
-        train(shards, recipe, model, weights=weights, workers=workers)
+        train(shards, recipe, model, weights=weights, teacher=teacher, workers=workers)
     return Output(path=str(model), identity=model_identity(str(model)))
 
 

@@ -18,6 +18,7 @@ def train(
     model: Path,
     recipe: str = "ham10000-cpu",
     weights: Path | None = None,
+    teacher: str | None = None,
     workers: int | None = None,
     hours: float = 72,
 ) -> Output:
@@ -28,8 +29,11 @@ def train(
         model: Folder of the model bundle to write.
         recipe: Name of a shipped recipe, or a .yaml file.
         weights: First weights of the backbone, in place of the recipe's.
+        teacher: Model to learn from, local or s3://, for a recipe with `distillation`.
         workers: Ray Train workers; without it, the flow's own process trains.
         hours: Longest time it may take.
     """
     with library_run():
-        return trained(shards, load_recipe(recipe), model, weights=weights, workers=workers, hours=hours)
+        return trained(
+            shards, load_recipe(recipe), model, weights=weights, teacher=teacher, workers=workers, hours=hours
+        )

@@ -109,7 +109,12 @@ def prepare(
 @command
 def train(
     shards: Shards,
-    recipe: Annotated[str, typer.Option(help="ham10000-cpu, ham10000-seed, demo, or a .yaml file.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="demo, ham10000-cpu, ham10000-best, ham10000-distilled, ham10000-gpu, ham10000-seed or a .yaml file."
+        ),
+    ],
     out: Annotated[str, typer.Option(help="Folder of the model bundle to write, local or s3://.")],
     weights: Annotated[Path | None, typer.Option(help="First weights of the backbone (.pth, .safetensors).")] = None,
     teacher: Annotated[

@@ -89,7 +89,7 @@ def compare(
 def write_table(sweep: Sweep, variants: list[Variant], name: str, out: Path) -> tuple[Path, Path]:
     """Write ``<name>.md`` and ``<name>.png``; returns both paths."""
     page, plot = out / f"{name}.md", out / f"{name}.png"
-    trials = f"{len(sweep.folds)} parts (" + ", ".join(map(str, sweep.folds)) + ")"
+    trials = ", ".join(f"fold {fold}" if isinstance(fold, int) else f"source {fold}" for fold in sweep.folds)
     seeds = "seeds " + ", ".join(map(str, sweep.seeds))
     lines = [
         f"# {sweep.question}", "",

@@ -9,7 +9,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal
 
-import timm
 import torch
 import torchvision
 from pydantic import BaseModel, ConfigDict, Field
@@ -103,6 +102,8 @@ def build(config: BackboneConfig) -> Network:
         RecipeError: The weights are not there or do not fit the backbone.
     """
     if config.name.startswith(LITE):
+        import timm  # takes a second, which those who do without need not wait for
+
         body = timm.create_model(config.name, num_classes=0, bn_eps=1e-3)  # TensorFlow's, which the weights come from
         width = body.num_features
         weights = str(_packaged(config.name)) if config.weights == "imagenet" else config.weights

@@ -3,7 +3,7 @@
 In bfloat16 oneDNN has no fast kernel for two of them and falls back to plain loops: the gradient of the input where the
 stride is 2 (80 ms for one layer of MobileNetV2, the forward pass 4), and the gradient of 5x5 weights (34 ms for one of
 EfficientNet-Lite, 9 by way of 3x3). The first alone is a third of MobileNetV2's training step. Both have equivalents in
-kernels that are fast; `bench/training.py` measures a step with and without.
+kernels that are fast; `bench/training.py` measures an epoch with and without.
 """
 
 from __future__ import annotations

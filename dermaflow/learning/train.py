@@ -98,8 +98,13 @@ def train(
 def _train_members(shards: str | Path, recipe: Recipe, out: Path, **how: Any) -> LoadedBundle:
     """Train what is not there yet of an ensemble, and join it."""
     folder = out.absolute().with_name(out.name + ".members")
-    models = {}
-    for name, member in recipe.member_recipes().items():
+    members, models = recipe.member_recipes(), {}
+    if how["weights"] is not None and len(kinds := {member.backbone.name for member in members.values()}) > 1:
+        raise RecipeError(
+            f"one file of first weights for {' and '.join(sorted(kinds))}", where="--weights", expected="one backbone",
+            todo="name a file for each in the recipe: members: {NAME: {backbone.weights: FILE}}",
+        )  # fmt: skip
+    for name, member in members.items():
         place = folder / name
         if place.exists():
             models[name] = load_bundle(place)

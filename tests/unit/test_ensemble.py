@@ -107,6 +107,11 @@ def test_what_was_trained_is_not_trained_again(shards: Path, pair: Path, tmp_pat
         train(shards, other, out)
 
 
+def test_one_file_of_weights_cannot_start_two_kinds(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--weights: one file of first weights for mobilenet_v2 and seed_cnn"):
+        train(shards, PAIR, tmp_path / "out", weights=tmp_path / "any.pth")
+
+
 def test_members_that_do_not_fit(shards: Path, pair: Path, tmp_path: Path) -> None:
     members = members_of(pair)
     one = members["first"]

@@ -73,7 +73,7 @@ def test_patience_needs_a_validation_fold() -> None:
 
 
 def test_an_unknown_recipe_is_told_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no recipe 'ham'; expected one of demo, ham10000-cpu, ham10000-seed"):
+    with pytest.raises(RecipeError, match=r"no recipe 'ham'; expected one of demo, ham10000-best, ham10000-cpu, "):
         load_recipe("ham")
     with pytest.raises(RecipeError, match=r"none\.yaml: no such file"):
         load_recipe(str(tmp_path / "none.yaml"))
@@ -98,6 +98,27 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for(name: str) -> None:
 
 def test_the_issue_asks_for_these_recipes() -> None:
     assert {"demo", "ham10000-cpu", "ham10000-seed"} <= set(shipped_recipes())
+
+
+def test_the_first_member_of_the_ensemble_is_the_single_network() -> None:
+    single, ensemble = load_recipe("ham10000-cpu"), load_recipe("ham10000-best")
+    first, *others = ensemble.member_recipes().values()
+    same = {"name": single.name, "description": single.description}
+    assert first.model_copy(update=same).digest == single.digest
+    assert len({member.model_copy(update=same).digest for member in others} - {single.digest}) == len(others) == 4
+    assert all(member.input_spec == single.input_spec for member in others)
+
+
+def test_a_member_with_a_misspelt_key_is_named() -> None:
+    recipe = Recipe.model_validate({"name": "a", "members": {"wrong": {"optim.rate": 1}}})
+    with pytest.raises(RecipeError, match=r"wrong: unknown key 'optim\.rate'"):
+        recipe.member_recipes()
+
+
+def test_the_student_looks_as_the_single_network_does() -> None:
+    """So that it is as fast when it scores, and sees what its teacher sees."""
+    single, student = load_recipe("ham10000-cpu"), load_recipe("ham10000-distilled")
+    assert (student.input_spec, student.backbone.name) == (single.input_spec, single.backbone.name)
 
 
 def test_the_digest_changes_with_the_content_and_not_with_the_spelling(tmp_path: Path) -> None:
