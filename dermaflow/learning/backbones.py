@@ -22,6 +22,7 @@ from dermaflow.taxonomy import CODES
 log = logging.getLogger(__name__)
 
 LITE = "efficientnet_lite"
+LITE_WIDTH = 1280
 JOIN = "+"
 """Between the names of the backbones of an ensemble."""
 
@@ -104,8 +105,8 @@ def build(config: BackboneConfig) -> Network:
     if config.name.startswith(LITE):
         import timm  # takes a second, which those who do without need not wait for
 
-        body = timm.create_model(config.name, num_classes=0, bn_eps=1e-3)  # TensorFlow's, which the weights come from
-        width = body.num_features
+        # The epsilon is TensorFlow's, which the weights come from.
+        body, width = timm.create_model(config.name, num_classes=0, bn_eps=1e-3), LITE_WIDTH
         weights = str(_packaged(config.name)) if config.weights == "imagenet" else config.weights
     else:
         body, width = _body(config.name, imagenet=config.weights == "imagenet")

@@ -29,10 +29,10 @@ def with_fast_gradients(module: nn.Module) -> nn.Module:
     """Replace every depthwise convolution within a module by one of this kind, with the same weights."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d) and _is_depthwise(child):
+            size = child.kernel_size[0]
             conv = DepthwiseConv2d(
-                child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding,
-                groups=child.groups, bias=False,
-            )  # fmt: skip
+                child.in_channels, child.out_channels, size, child.stride[0], size // 2, groups=child.groups, bias=False
+            )
             conv.weight = child.weight
             setattr(module, name, conv)
         else:

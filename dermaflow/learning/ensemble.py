@@ -14,7 +14,7 @@ import torch
 
 from dermaflow.bundles.bundle import LoadedBundle, load_bundle
 from dermaflow.errors import BundleError
-from dermaflow.learning.backbones import JOIN, Network, build_named
+from dermaflow.learning.backbones import JOIN, Bodies, Network
 from dermaflow.learning.calibration import Progress, calibrate_and_save, silent
 from dermaflow.learning.inference import network_of
 from dermaflow.preparation.reading import ShardFolder
@@ -76,15 +76,17 @@ def join_models(
 def joined(models: list[LoadedBundle]) -> Network:
     """The network whose logits are the mean of the members', each divided by its temperature."""
     networks = [network_of(model) for model in models]
-    network = build_named(JOIN.join(model.bundle.backbone for model in models))
-    for body, member in zip(network.body.bodies, networks, strict=True):
-        body.load_state_dict(member.body.state_dict())
+    network = Network(
+        Bodies([member.body for member in networks]), sum(n.head.in_features for n in networks), dropout=0
+    )
     scales = [1 / (_temperature(model) * len(models)) for model in models]
     with torch.no_grad():
-        network.head.weight.copy_(
-            torch.cat([member.head.weight * scale for member, scale in zip(networks, scales, strict=True)], dim=1)
-        )
-        network.head.bias.copy_(sum(member.head.bias * scale for member, scale in zip(networks, scales, strict=True)))
+        heads = [
+            (member.head.weight * scale, member.head.bias * scale)
+            for member, scale in zip(networks, scales, strict=True)
+        ]
+        network.head.weight.copy_(torch.cat([weight for weight, _ in heads], dim=1))
+        network.head.bias.copy_(torch.stack([bias for _, bias in heads]).sum(0))
     return network.eval()
 
 
