@@ -73,7 +73,7 @@ def shrink(
 @app.command()
 @command
 def join(
-    models: Annotated[list[Path], typer.Argument(help="Two or more models trained from the same shards.")],
+    models: Annotated[list[str], typer.Argument(help="Two or more models trained from the same shards.")],
     shards: Annotated[str, typer.Option(help="These shards, local or s3://: the ensemble is calibrated on them.")],
     out: Annotated[Path, typer.Option(help="Folder of the ensemble.")],
     name: Annotated[str, typer.Option(help="Name of the ensemble.")] = "ensemble",
@@ -84,11 +84,12 @@ def join(
     """
     from dermaflow.learning.ensemble import join_models
 
-    loaded = {str(model): load_bundle(model) for model in models}
+    found = [load_bundle(model) for model in models]
+    loaded = {f"{model.bundle.name}-{model.sha256[:10]}": model for model in found}
     with bars() as show_bar:
-        found = join_models(loaded, shards, out, name, progress=show_bar)
+        joined = join_models(loaded, shards, out, name, progress=show_bar)
     console.print(
-        f"{out}: {found.bundle.backbone}; next: dermaflow evaluate --model {out} --shards {shards} --out REPORT"
+        f"{out}: {joined.bundle.backbone}; next: dermaflow evaluate --model {out} --shards {shards} --out REPORT"
     )
 
 

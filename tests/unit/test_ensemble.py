@@ -140,6 +140,8 @@ def test_the_command_joins(shards: Path, pair: Path, tmp_path: Path) -> None:
     assert run.exit_code == 0 and "seed_cnn+mobilenet_v2" in run.output, run.output
     ours, trained = load_bundle(tmp_path / "both"), load_bundle(pair)
     assert all(torch.equal(ours.weights[name], tensor) for name, tensor in trained.weights.items())
+    names = [f"{name}-{model.sha256[:10]}" for name, model in members_of(pair).items()]
+    assert list(ours.bundle.training.members) == names, "no path of this machine"
 
 
 def test_a_student_comes_nearer_to_its_teacher(shards: Path, pair: Path, tmp_path: Path) -> None:
