@@ -212,7 +212,7 @@ def test_a_hub_killed_in_a_round_loses_no_round(fed: Federation, adding: Path) -
     fed.hub.wait()
     fed.start_hub()
     fed.wait_for_hub()
-    until(lambda: len(rounds(out)) == 2, 60)
+    until(lambda: len(rounds(out)) == 2)
     assert [(done["answers"], done["value"]) for done in rounds(out)] == [(3, 1), (3, 2)]
     assert finished(fed, run) == "finished:completed"
     assert verify(fed.state / "audit.jsonl")
