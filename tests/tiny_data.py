@@ -54,6 +54,12 @@ def prepare_here(data: Path, out: str | Path, **choices: object) -> Prepared:
     return prepare(data, out, use_ray=False, **choices)  # type: ignore[arg-type]
 
 
+def tiny_shards(folder: Path) -> Path:
+    """Shards of a small synthetic archive, both within a folder."""
+    prepare_here(draw(folder / "data"), folder / "shards")
+    return folder / "shards"
+
+
 def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
     """Time of change and SHA-256 of every file of a folder."""
     files = [Path(place, name) for place, _, names in os.walk(folder) for name in names]

@@ -202,8 +202,9 @@ def run_sweep(
     Raises:
         DataError: A fold or a source that the shards do not have.
     """
+    folder = ShardFolder(shards)
     for fold in sweep.folds:
-        ShardFolder(shards).held_out(fold)
+        folder.held_out(fold)
     recipes = {trial: sweep.recipe_of(*trial) for trial in sweep.trials}
     if at_once is not None:
         from dermaflow.experiments.cluster import run_trials  # without it no Ray is needed

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from tiny_data import draw, prepare_here
+from tiny_data import tiny_shards
 
 from dermaflow.errors import DataError
 from dermaflow.experiments.cluster import run_trials
@@ -33,9 +33,7 @@ def a_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("sweep")
-    prepare_here(draw(root / "data"), root / "shards")
-    return str(root / "shards")
+    return str(tiny_shards(tmp_path_factory.mktemp("sweep")))
 
 
 def a_recipe(**optim: object) -> Recipe:

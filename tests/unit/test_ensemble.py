@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_data import draw, prepare_here
+from tiny_data import draw, prepare_here, tiny_shards
 from typer.testing import CliRunner
 
 from dermaflow.bundles.bundle import LoadedBundle, load_bundle
@@ -48,9 +48,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ensemble")
-    prepare_here(draw(folder / "data"), folder / "shards")
-    return folder / "shards"
+    return tiny_shards(tmp_path_factory.mktemp("ensemble"))
 
 
 @pytest.fixture(scope="module")

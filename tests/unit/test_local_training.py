@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_data import draw, prepare_here
+from tiny_data import draw, prepare_here, tiny_shards
 
 from dermaflow.bundles.bundle import load_bundle
 from dermaflow.errors import CheckpointError, DataError, ShardError
@@ -51,9 +51,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("training")
-    prepare_here(draw(folder / "data"), folder / "shards")
-    return folder / "shards"
+    return tiny_shards(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="module")

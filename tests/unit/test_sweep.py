@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, roc_auc_score
-from tiny_data import draw, prepare_here
+from tiny_data import tiny_shards
 from typer.testing import CliRunner
 
 from dermaflow.cli.main import app
@@ -28,9 +28,7 @@ RECIPE = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("sweep")
-    prepare_here(draw(root / "data"), root / "shards")
-    return str(root / "shards")
+    return str(tiny_shards(tmp_path_factory.mktemp("sweep")))
 
 
 @pytest.fixture(scope="module")
