@@ -40,7 +40,7 @@ def train(message: Message, context: Context) -> Message:
         update = privacy.noised_update(update, order, _budget(site, context))
     if secure.is_secure(message):
         arrays = secure.update_sums(update, order, layouts)
-        figures = {name: update.figures[name] for name in ("images", "seconds")}
+        figures = {name: update.figures[name] for name in ("images", "steps", "seconds") if name in update.figures}
         return _masked_answer(message, context, order, site, arrays, figures)
     return Message(update_record(update, order, layouts, site.data.name), reply_to=message)
 

@@ -100,11 +100,11 @@ def read_update(content: RecordDict, layouts: Layouts) -> Update:
         control = decode(arrays["control"].numpy(), layouts.weights, digest) if "control" in arrays else None
         confusion = arrays["confusion"].numpy() if "confusion" in arrays else None
         numbers = {name: float(value) for name, value in figures.items()}  # type: ignore[arg-type]
-        images = numbers["images"]
+        images, steps = numbers["images"], numbers.get("steps", 1.0)
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"the answer is incomplete: {error}", expected="delta, norm, images") from error
-    if not (np.isfinite(list(numbers.values())).all() and images > 0):
-        raise WireError("its figures are impossible", expected="finite numbers, images above 0")
+    if not (np.isfinite(list(numbers.values())).all() and images > 0 and steps >= 1):
+        raise WireError("its figures are impossible", expected="finite numbers, images above 0, at least one step")
     variances = [norm[start:end] for start, end in layouts.norm.parts("running_var")]
     if any((part < 0).any() for part in variances):
         raise WireError("a variance is negative", expected="running statistics of normalisation layers")

@@ -18,6 +18,7 @@ StrategyName = Literal[
 
 
 Norm = Literal["shared", "local", "frozen"]
+Weigh = Literal["images", "steps"]
 Privacy = Literal["none", "lesion", "site", "central"]
 
 
@@ -47,7 +48,14 @@ class Plan(BaseModel):
         "statistics of the first weights.",
     )
     keep_moments: bool = Field(True, description="A site's optimiser goes on where it stopped in the round before.")
-    decay: Literal["cosine", "none"] = Field("cosine", description="Learning rate over the rounds.")
+    weigh: Weigh = Field(
+        "images",
+        description="What an update counts by: images, the site's share of them; steps, that share for each of its "
+        "steps alike, so that a site with more images does not count twice, by its share and by its steps (FedNova).",
+    )
+    decay: Literal["cosine", "none"] = Field(
+        "cosine", description="Learning rate over the rounds; cosine rises first, as the recipe's warmup says."
+    )
     average: float = Field(
         0.0, ge=0, lt=1, description="Decay a round of the averaged model that is kept; 0 keeps the last round's."
     )
@@ -121,6 +129,8 @@ class Plan(BaseModel):
             raise ValueError("no rounds and no head from sums: nothing is learnt; use rounds=1 or head=statistics")
         if self.dp == "none":
             return self
+        if self.weigh == "steps":
+            raise ValueError(f"weigh=steps does not go with dp={self.dp}, which cuts whole updates; use weigh=images")
         if self.strategy not in ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi"):
             raise ValueError(f"strategy {self.strategy} does not go with dp={self.dp}; use fedavg or one of its kin")
         if self.dp == "lesion" and (self.scope != "head" or self.head != "statistics" or self.rounds):
@@ -184,6 +194,7 @@ class Order(BaseModel):
     adjusted: bool = False
     counts: list[int] | None = None  # training images of each class over all sites; class weights come from them
     norm: Norm = "shared"
+    weigh: Weigh = "images"
     keep_moments: bool = True
     mu: float = 0.0
     monitor: bool = False

@@ -144,10 +144,13 @@ class SiteRounds(Strategy):
         return messages
 
     def _rate(self, number: int) -> float:
-        """Share of the learning rate: half a cosine over all rounds, never quite zero."""
+        """Share of the learning rate: up for the recipe's warmup, then half a cosine, never quite zero."""
         if self.plan.decay == "none":
             return 1.0
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (number - 1) / self.plan.rounds))
+        done, rising = number - 1, self.order.recipe.optim.warmup * self.plan.rounds
+        if done < rising:
+            return (done + 1) / (rising + 1)
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - rising) / (self.plan.rounds - rising)))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -164,8 +167,9 @@ class SiteRounds(Strategy):
             )  # fmt: skip
         if self.plan.dp == "central":
             good = [(good[0][0], noised_mean([update for _, update in good], self.order))]
+        steps = self._mean_steps() if self.order.weigh == "steps" else 1.0
         for reply, update in good:
-            arrays = {"weights": Array(self.model.weights + update.delta)}
+            arrays = {"weights": Array(self.model.weights + np.float32(steps) * update.delta)}
             if update.control is not None:
                 arrays[CONTROL] = Array(update.control)
             figures = {"num-examples": update.figures["images"]}
@@ -189,6 +193,14 @@ class SiteRounds(Strategy):
         self.record.seconds = time.monotonic() - self._began
         self._on_round(self.record)
         return ArrayRecord({"weights": Array(self.model.weights)}), metrics
+
+    def _mean_steps(self) -> float:
+        """Steps of a site, mean over the images: how far the mean of updates a step goes (FedNova's tau_eff).
+
+        Wang et al., NeurIPS 2020 (arXiv 2007.07481).
+        """
+        sites = self.record.sites.values()
+        return sum(site["images"] * site["steps"] for site in sites) / sum(site["images"] for site in sites)
 
     def _read(self, replies: Iterable[Message]) -> list[tuple[Message, Update]]:
         good: list[tuple[Message, Update]] = []
@@ -229,6 +241,8 @@ class SiteRounds(Strategy):
         if len(good) < 3:
             return good
         lengths = [float(np.linalg.norm(update.delta)) for _, update in good]
+        if self.order.weigh == "steps":
+            lengths = [length * update.figures["steps"] for length, (_, update) in zip(lengths, good, strict=True)]
         middle = float(np.median(lengths))
         kept = []
         for pair, length in zip(good, lengths, strict=True):

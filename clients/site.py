@@ -57,10 +57,10 @@ class Update:
     """What a site answers after training.
 
     Attributes:
-        delta: float32, new weights less those received.
+        delta: float32, new weights less those received; where `Order.weigh` is ``steps``, divided by its steps.
         norm: float32, the site's running statistics.
         control: float32, change of the site's control variate; None without SCAFFOLD.
-        figures: ``images``, ``loss``, ``seconds`` and, where asked, ``val_*`` of the received model.
+        figures: ``images``, ``steps``, ``loss``, ``seconds`` and, where asked, ``val_*`` of the received model.
         confusion: int [7, 7], truth by prediction of the received model on the calibration split; None if not asked.
     """
 
@@ -143,7 +143,10 @@ class Site:
         if order.norm == "local":
             own = {name: t for name, t in network.state_dict().items() if name in _own_names(network)}
             self.memory.keep("norm", **{name: tensor.numpy() for name, tensor in own.items()})
-        figures = {"images": float(len(labels)), "loss": history[-1]["loss"]}
+        steps = feed.steps * len(history)
+        if order.weigh == "steps":
+            delta /= steps
+        figures = {"images": float(len(labels)), "steps": float(steps), "loss": history[-1]["loss"]}
         figures["seconds"] = sum(entry["seconds"] for entry in history)
         return Update(delta, norm, correction.finish(), figures, seen)
 

@@ -152,6 +152,34 @@ def test_averaging_weighs_sites_by_their_images(shards: Path, tmp_path: Path) ->
     assert hits.shape == (20, 7) and (hits <= totals).all() and totals.sum() > 0
 
 
+@pytest.mark.parametrize("secure", [False, True])
+def test_each_step_can_count_the_same_whichever_site_takes_it(shards: Path, tmp_path: Path, secure: bool) -> None:
+    """With tau_i steps and a share p_i of the images, the model moves by sum(p tau) * sum(p_i delta_i / tau_i)."""
+    run_here(a_plan(shards, tmp_path / "out", rounds=1, weigh="steps", secure=secure, decay="none"))
+    recipe = a_recipe().model_copy(update={"seed": 0})
+    torch.manual_seed(0)
+    start = build(recipe.backbone)
+    counts = sum(np.array(SiteData(site, str(shards), "natural").counts()["train"]) for site in SITES).tolist()
+    order = Order(run="x", round=1, rounds=1, strategy="fedavg", scope="all", seed=0, recipe=recipe, counts=counts)
+    layouts = Layouts.of(order)
+    model = Model(*(pack(start.state_dict(), part) for part in (layouts.weights, layouts.norm, layouts.rest)))
+    images, steps, deltas = [], [], []
+    for site in SITES:
+        data = SiteData(site, str(shards), "natural")
+        images.append(len(data.labels("train")))
+        steps.append(max(1, images[-1] // recipe.optim.batch_size))
+        deltas.append(Site(data, Memory(tmp_path / site, "x")).train(order, model).delta)
+    share = np.array(images) / sum(images)
+    assert len(set(steps)) > 2
+    wanted = share @ steps * sum(p * delta / tau for p, delta, tau in zip(share, deltas, steps, strict=True))
+    moved = (
+        pack({k: torch.from_numpy(v) for k, v in weights(tmp_path / "out").items()}, layouts.weights) - model.weights
+    )
+    assert np.allclose(moved, wanted, rtol=1e-4, atol=1e-6)
+    by_images = sum(p * delta for p, delta in zip(share, deltas, strict=True))
+    assert not np.allclose(moved, by_images, rtol=1e-2, atol=1e-4)
+
+
 def test_the_head_of_all_sites_is_the_pooled_head(shards: Path, tmp_path: Path) -> None:
     """Class sums of four sites give, in one exchange, the head that all images together give."""
     plan = a_plan(shards, tmp_path / "a", rounds=1, head="statistics", scope="head")
