@@ -6,7 +6,7 @@
 Every method trains the same network from the same weights and the same first head (class sums of the sites that train)
 on the same lesion-grouped training split, with the same loss, for the same epochs over the images. `ablation` runs ours
 with one part changed at a time and reports the sites' calibration splits, on which it was chosen; `accuracy` looks at
-the test split, once a run. Intervals: bootstrap of the lesions within each site. A run that is finished is not done again.
+the test split, once a run. Intervals: bootstrap of the lesions within each site. A finished run is not done again.
 On a GPU, --gpus is the share of a site at work, and --parallel runs that many at once.
 """
 
