@@ -102,7 +102,7 @@ class SiteGrid(Grid):
             if enough is not None and time.monotonic() - enough > self._grace:
                 break
             if waiting:  # a question costs the hub some 6 ms: the longer it took, the less it matters to ask at once
-                time.sleep(min(LONGEST_POLL, max(POLL, (time.monotonic() - began) / 20)))
+                time.sleep(min(LONGEST_POLL, max(POLL, (time.monotonic() - began) / 10)))
         reasons |= {site[number]: "no answer in time" for number in waiting}
         return answers, reasons
 

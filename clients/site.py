@@ -25,7 +25,7 @@ from dermaflow.learning.inference import predict
 from dermaflow.learning.linear_head import ClassSums, class_sums, scale_losses
 from dermaflow.learning.local import class_counts, memory_feed
 from dermaflow.learning.loop import Batch, Feed, Run, fit
-from dermaflow.learning.optimisation import Scope, pick_device
+from dermaflow.learning.optimisation import Scope, keep_freed_memory, pick_device
 from dermaflow.learning.recipe import Recipe
 from dermaflow.preparation.balancing import balance
 from dermaflow.schemas.bundle import Reference
@@ -115,6 +115,7 @@ class Site:
             DataError: The site has no training image.
         """
         torch.set_num_threads(settings().threads)
+        keep_freed_memory()
         network = self.network(order, model)
         layouts = Layouts.of(order)
         labels = self.data.labels("train")

@@ -24,7 +24,7 @@ from dermaflow.audit import AuditLog
 
 STATE_NAME = "run/supernode.json"
 SECRET_NAME = "run/secret"
-PAUSES = {3: 0.5, 0.5: 0.1}  # seconds: Flower's pauses without a message and without a reply, and those used here
+PAUSES = {3: 1.0, 0.5: 0.1}  # seconds: Flower's pauses without a message and without a reply, and those used here
 DIED = "the app was ended by"
 UNANSWERED = (DIED, "ClientApp task failed due to unknown reason")
 """How a task's details begin when its app ended without an answer: by a signal, or asked to end."""

@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from safetensors.numpy import load_file
 
 from clients.client_app import app
 from clients.coordinator import Coordinator
 from clients.plan import Plan
 from dermaflow.learning.recipe import Recipe
 
+SITES = ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"]
 Spoil = Callable[[str, Message, Message], Message]
 """Changes the answer of a site: its number, what it was asked, what it would answer."""
 
@@ -101,3 +104,9 @@ def run_here(plan: Plan, sites: int = 4, spoil: Spoil | None = None) -> tuple[di
     grid = GridHere(plan, sites, spoil)
     Coordinator(plan, grid, plan.name or "run").run()
     return json.loads((Path(plan.out) / "result.json").read_text()), grid
+
+
+def weights(out: Path) -> dict[str, np.ndarray]:
+    """Of the network that a run ended with."""
+    found: dict[str, np.ndarray] = load_file(out / "weights.safetensors")
+    return found

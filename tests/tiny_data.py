@@ -54,9 +54,9 @@ def prepare_here(data: Path, out: str | Path, **choices: object) -> Prepared:
     return prepare(data, out, use_ray=False, **choices)  # type: ignore[arg-type]
 
 
-def tiny_shards(folder: Path) -> Path:
+def tiny_shards(folder: Path, seed: int = 0) -> Path:
     """Shards of a small synthetic archive, both within a folder."""
-    prepare_here(draw(folder / "data"), folder / "shards")
+    prepare_here(draw(folder / "data", seed=seed), folder / "shards")
     return folder / "shards"
 
 

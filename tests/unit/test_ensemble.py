@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from dermaflow.learning.recipe import Recipe
 from dermaflow.learning.train import train
 from dermaflow.preparation.reading import ShardFolder
 from dermaflow.scoring.predictor import Predictor
-from dermaflow.settings import settings
 from dermaflow.trust.explain import explain
 
 CHOICES: dict[str, Any] = {
@@ -36,14 +34,7 @@ PAIR = Recipe.model_validate(CHOICES)
 TAUGHT = {"name": "taught", "members": {}, "distillation": {"weight": 1.0, "temperature": 2.0}}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DERMAFLOW_THREADS", "1")
-        patch.setenv("DERMAFLOW_DEVICE", "cpu")
-        settings.cache_clear()
-        yield
-    settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from federation_here import a_plan, a_recipe, run_here
 from flwr.app import Message
 from scipy.stats import norm
-from tiny_data import draw, prepare_here
+from tiny_data import tiny_shards
 
 from clients.accountant import NAME, Ledger, LedgerError, Release, epsilon, noise_for
 from clients.plan import Order, Plan
@@ -34,21 +34,13 @@ from dermaflow.learning.backbones import BackboneConfig
 from dermaflow.learning.linear_head import class_sums, discriminant_head
 from dermaflow.learning.recipe import Recipe
 from dermaflow.preparation.reading import labels_of
-from dermaflow.settings import settings
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DERMAFLOW_THREADS", "1")
-    settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("private")
-    draw(folder / "data", 120, 1)
-    prepare_here(folder / "data", folder / "shards")
-    return folder / "shards"
+    return tiny_shards(tmp_path_factory.mktemp("private"), seed=1)
 
 
 def small(**optim: Any) -> Recipe:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from federation_here import a_plan, a_recipe, run_here
-from flwr.app import Array, Message
+from federation_here import SITES, a_plan, a_recipe, run_here, weights
+from flwr.app import Message
 from safetensors.numpy import load_file
-from tiny_data import draw, prepare_here
+from tiny_data import tiny_shards
 
 from clients.coordinator import network_of_result
 from clients.memory import Memory
@@ -27,7 +26,7 @@ from clients.site import Correction, Layouts, Model, Site, local_recipe, part_of
 from clients.site_data import SiteData, simulated_sites
 from clients.wire import layout_of, pack
 from dermaflow.bundles.bundle import load_bundle
-from dermaflow.errors import CheckpointError, FederationError
+from dermaflow.errors import CheckpointError
 from dermaflow.learning.backbones import build
 from dermaflow.learning.inference import predict
 from dermaflow.learning.linear_head import SCALES, discriminant_head
@@ -37,36 +36,12 @@ from dermaflow.taxonomy import CODES
 from dermaflow.trust.ood import ood_score
 from dermaflow.trust.temperature import fit_temperature_and_bias
 
-SITES = ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sites set their threads by the settings; sums are added in one order only with one."""
-    from dermaflow.settings import settings
-
-    monkeypatch.setenv("DERMAFLOW_THREADS", "1")
-    settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("federation")
-    draw(folder / "data", 120, 1)
-    prepare_here(folder / "data", folder / "shards")
-    return folder / "shards"
-
-
-def weights(out: Path) -> dict[str, np.ndarray]:
-    return load_file(out / "weights.safetensors")
+    return tiny_shards(tmp_path_factory.mktemp("federation"), seed=1)
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerance: float = 0.0) -> bool:
@@ -271,92 +246,6 @@ def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_been(
     result, grid = run_here(cut)
     assert [kind for kind, _, _ in grid.sent].count("train") == 2 and len(result["rounds"]) == 3
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"), 1e-5)
-
-
-def spoil_one(change: Callable[[Message], None]) -> Any:
-    def spoil(node: str, asked: Message, reply: Message) -> Message:
-        if node == "101" and asked.metadata.message_type == "train":
-            change(reply)
-        return reply
-
-    return spoil
-
-
-def _nan(reply: Message) -> None:
-    arrays = reply.content.array_records["arrays"]
-    bad = arrays["delta"].numpy().copy()
-    bad[5] = np.nan
-    arrays["delta"] = Array(bad)
-
-
-def _short(reply: Message) -> None:
-    arrays = reply.content.array_records["arrays"]
-    arrays["delta"] = Array(arrays["delta"].numpy()[:-1])
-
-
-def _giant(reply: Message) -> None:
-    arrays = reply.content.array_records["arrays"]
-    arrays["delta"] = Array(arrays["delta"].numpy() * 100)
-
-
-def _negative_variance(reply: Message) -> None:
-    arrays = reply.content.array_records["arrays"]
-    arrays["norm"] = Array(-np.abs(arrays["norm"].numpy()))
-
-
-def _boast(reply: Message) -> None:
-    reply.content.metric_records["metrics"]["images"] = float("inf")
-
-
-def _nothing(reply: Message) -> None:
-    del reply.content.array_records["arrays"]["delta"]
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [(_nan, "NaN"), (_short, "shape"), (_giant, "times as long"), (_negative_variance, "variance"), (_boast, "figures"),
-     (_nothing, "incomplete")],
-)  # fmt: skip
-def test_a_site_that_sends_nonsense_is_named_and_left_out(
-    shards: Path, tmp_path: Path, change: Callable[[Message], None], says: str
-) -> None:
-    result, _ = run_here(a_plan(shards, tmp_path, rounds=1), spoil=spoil_one(change))
-    record = result["rounds"][0]
-    assert list(record["failed"]) == ["vidir_modern"] and says in record["failed"]["vidir_modern"]
-    assert sorted(record["sites"]) == [SITES[0], *SITES[2:]]
-    assert all(np.isfinite(array).all() for array in weights(tmp_path).values())
-
-
-def test_too_few_answers_stop_the_run_and_say_who_failed(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(FederationError, match="vidir_modern"):
-        run_here(a_plan(shards, tmp_path, rounds=1, min_sites=4), spoil=spoil_one(_nan))
-
-
-def _against(reply: Message) -> None:
-    arrays = reply.content.array_records["arrays"]
-    arrays["delta"] = Array(arrays["delta"].numpy() * -8)
-
-
-def _moved(shards: Path, out: Path, spoil: Any = None, **choices: Any) -> np.ndarray:
-    """Where a round ends, float32 [size], normalisation statistics left out."""
-    run_here(a_plan(shards, out, rounds=1, **choices), spoil=spoil)
-    return np.concatenate([array.ravel() for name, array in sorted(weights(out).items()) if "running" not in name])
-
-
-@pytest.fixture(scope="module")
-def clean_and_pushed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[np.ndarray, float]:
-    """Where honest sites lead, and how far one that pushes the other way leads plain averaging from there."""
-    folder = tmp_path_factory.mktemp("pushed")
-    clean = _moved(shards, folder / "clean")
-    return clean, float(np.square(_moved(shards, folder / "pushed", spoil_one(_against)) - clean).sum())
-
-
-@pytest.mark.parametrize("strategy", ["krum", "median", "trimmed_mean"])
-def test_a_robust_strategy_holds_against_a_site_that_pushes_the_other_way(
-    shards: Path, tmp_path: Path, clean_and_pushed: tuple[np.ndarray, float], strategy: str
-) -> None:
-    clean, pushed = clean_and_pushed
-    assert np.square(_moved(shards, tmp_path, spoil_one(_against), strategy=strategy) - clean).sum() < pushed / 4
 
 
 def test_half_the_bytes_in_bfloat16_and_the_rest_is_sent_once(shards: Path, tmp_path: Path) -> None:

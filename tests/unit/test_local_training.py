@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from dermaflow.learning.local import CHECKPOINT_NAME
 from dermaflow.learning.recipe import Recipe
 from dermaflow.learning.train import train
 from dermaflow.preparation.reading import ShardFolder, labels_of
-from dermaflow.settings import settings
 from dermaflow.trust.ood import ood_score
 from dermaflow.trust.temperature import scale
 
@@ -38,15 +36,7 @@ CHOICES: dict[str, Any] = {
 RECIPE = Recipe.model_validate(CHOICES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """So that sums are added in one order, here and in the process that is killed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DERMAFLOW_THREADS", "1")
-        patch.setenv("DERMAFLOW_DEVICE", "cpu")
-        settings.cache_clear()
-        yield
-    settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from federation_here import a_plan, a_recipe, run_here
+from federation_here import SITES, a_plan, a_recipe, run_here, weights
 from flwr.app import Message
-from safetensors.numpy import load_file
-from tiny_data import draw, prepare_here
+from tiny_data import tiny_shards
 
 from clients.masking import Keys, Party, add_masks, from_fixed, more_than_half, step, to_fixed, unmask
 from clients.plan import Plan
@@ -20,32 +18,13 @@ from clients.policy import Policy, Refused, refusal
 from dermaflow.errors import FederationError, RecipeError
 from dermaflow.learning.backbones import BackboneConfig
 from dermaflow.learning.recipe import Recipe
-from dermaflow.settings import settings
 
-SITES = ["rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of floats are the same only when they are added in one order."""
-    monkeypatch.setenv("DERMAFLOW_THREADS", "1")
-    settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("secure")
-    draw(folder / "data", 120, 1)
-    prepare_here(folder / "data", folder / "shards")
-    return folder / "shards"
+    return tiny_shards(tmp_path_factory.mktemp("secure"), seed=1)
 
 
 def begun(sites: int, threshold: int | None = None) -> tuple[dict[int, Party], dict[int, Keys]]:
@@ -151,10 +130,6 @@ def test_numbers_that_do_not_fit_are_refused_and_not_clipped() -> None:
     for bad in (9.0, -8.0, np.nan, np.inf):
         with pytest.raises(Refused, match="secure_range"):
             to_fixed(np.array([0.0, bad]), 4, 8.0)
-
-
-def weights(out: Path) -> dict[str, np.ndarray]:
-    return load_file(out / "weights.safetensors")
 
 
 def nearest(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
