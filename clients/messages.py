@@ -85,6 +85,19 @@ def update_record(update: Update, order: Order, layouts: Layouts, site: str) -> 
     )
 
 
+def read_figures(record: MetricRecord) -> dict[str, float]:
+    """Numbers in an answer, which is not trusted.
+
+    Raises:
+        WireError: They are not finite, or there cannot be so many images or steps.
+    """
+    figures = {name: float(value) for name, value in record.items()}  # type: ignore[arg-type]
+    finite = np.isfinite(list(figures.values())).all()
+    if not (finite and figures.get("images", 1.0) > 0 and figures.get("steps", 1.0) >= 1):
+        raise WireError("its figures are impossible", expected="finite numbers, images above 0, at least one step")
+    return figures
+
+
 def read_update(content: RecordDict, layouts: Layouts) -> Update:
     """A site's answer, which is not trusted.
 
@@ -99,12 +112,11 @@ def read_update(content: RecordDict, layouts: Layouts) -> Update:
         norm = decode(arrays["norm"].numpy(), layouts.norm, str(config["norm"]))
         control = decode(arrays["control"].numpy(), layouts.weights, digest) if "control" in arrays else None
         confusion = arrays["confusion"].numpy() if "confusion" in arrays else None
-        numbers = {name: float(value) for name, value in figures.items()}  # type: ignore[arg-type]
-        images, steps = numbers["images"], numbers.get("steps", 1.0)
+        numbers = read_figures(figures)
+        if "images" not in numbers:
+            raise KeyError("images")
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"the answer is incomplete: {error}", expected="delta, norm, images") from error
-    if not (np.isfinite(list(numbers.values())).all() and images > 0 and steps >= 1):
-        raise WireError("its figures are impossible", expected="finite numbers, images above 0, at least one step")
     variances = [norm[start:end] for start, end in layouts.norm.parts("running_var")]
     if any((part < 0).any() for part in variances):
         raise WireError("a variance is negative", expected="running statistics of normalisation layers")

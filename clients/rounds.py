@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ from clients.site import Layouts, Model, Update
 from clients.wire import WireError, merge_norm
 from dermaflow.errors import FederationError
 from dermaflow.evaluation.metrics import balanced_accuracy
-from dermaflow.learning.optimisation import Scope
+from dermaflow.learning.optimisation import Scope, cosine_rate
 
 _STATE = ("m_t", "v_t", "momentum_vector", "control")
 """What Flower's strategies and ours remember between rounds."""
@@ -144,13 +143,11 @@ class SiteRounds(Strategy):
         return messages
 
     def _rate(self, number: int) -> float:
-        """Share of the learning rate: up for the recipe's warmup, then half a cosine, never quite zero."""
+        """Share of the learning rate: over the rounds what the recipe has over its steps."""
         if self.plan.decay == "none":
             return 1.0
-        done, rising = number - 1, self.order.recipe.optim.warmup * self.plan.rounds
-        if done < rising:
-            return (done + 1) / (rising + 1)
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - rising) / (self.plan.rounds - rising)))
+        rounds = self.plan.rounds
+        return cosine_rate(number - 1, rounds, self.order.recipe.optim.warmup * rounds)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -197,10 +194,10 @@ class SiteRounds(Strategy):
     def _mean_steps(self) -> float:
         """Steps of a site, mean over the images: how far the mean of updates a step goes (FedNova's tau_eff).
 
-        Wang et al., NeurIPS 2020 (arXiv 2007.07481).
+        Wang et al., NeurIPS 2020 (arXiv 2007.07481). A site that does not say counts as one step.
         """
         sites = self.record.sites.values()
-        return sum(site["images"] * site["steps"] for site in sites) / sum(site["images"] for site in sites)
+        return sum(site["images"] * site.get("steps", 1.0) for site in sites) / sum(site["images"] for site in sites)
 
     def _read(self, replies: Iterable[Message]) -> list[tuple[Message, Update]]:
         good: list[tuple[Message, Update]] = []
@@ -242,7 +239,9 @@ class SiteRounds(Strategy):
             return good
         lengths = [float(np.linalg.norm(update.delta)) for _, update in good]
         if self.order.weigh == "steps":
-            lengths = [length * update.figures["steps"] for length, (_, update) in zip(lengths, good, strict=True)]
+            lengths = [
+                length * update.figures.get("steps", 1.0) for length, (_, update) in zip(lengths, good, strict=True)
+            ]
         middle = float(np.median(lengths))
         kept = []
         for pair, length in zip(good, lengths, strict=True):

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from clients.grid import SiteGrid
 from clients.masking import Keys, more_than_half, unmask
-from clients.messages import ARRAYS, CONFIG
+from clients.messages import ARRAYS, CONFIG, read_figures
 from clients.secure import KEYS, REVEAL, SECURE, SHARES, SUMMED, totals_of
 from clients.wire import WireError
 from dermaflow.errors import FederationError
@@ -137,7 +137,5 @@ def _read(answer: Message) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         raise WireError("the answer is not masked", expected="integers of 32 or 64 bits")
     figures = {}
     for record in answer.content.metric_records.values():
-        figures |= {name: float(value) for name, value in record.items()}  # type: ignore[arg-type]
-    if not (np.isfinite(list(figures.values())).all() and figures.get("images", 1.0) > 0):
-        raise WireError("its figures are impossible", expected="finite numbers, images above 0")
+        figures |= read_figures(record)
     return arrays, figures

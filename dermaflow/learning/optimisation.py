@@ -121,6 +121,14 @@ def put_moments(optimizer: torch.optim.Optimizer, network: Network, moments: dic
             optimizer.state[parameter][key] = value.to(parameter.device)
 
 
+def cosine_rate(step: float, length: float, rising: float) -> float:
+    """Share of the peak rate: up during the first `rising` of `length` steps, then half a cosine, never quite zero."""
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    done = min(1.0, (step - rising) / (length - rising))
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+
+
 def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LRScheduler:
     """Rates over the `steps` of a phase: up during `warmup`, then down to nearly nothing."""
     if config.schedule == "one_cycle":  # Smith and Topin 2017 (arXiv 1708.07120)
@@ -133,11 +141,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: 
 
     def rate(step: int) -> float:  # warm restarts, Loshchilov and Hutter 2017 (arXiv 1608.03983)
         cycle = min(int(step / length), config.cycles - 1)
-        step -= int(cycle * length)
-        if step < rising:
-            return 0.5**cycle * (step + 1) / (rising + 1)
-        done = min(1.0, (step - rising) / (length - rising))
-        return 0.5**cycle * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        return 0.5**cycle * cosine_rate(step - int(cycle * length), length, rising)
 
     return LambdaLR(optimizer, rate)
 

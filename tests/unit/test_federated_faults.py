@@ -61,6 +61,10 @@ def _nothing(reply: Message) -> None:
     del reply.content.array_records["arrays"]["delta"]
 
 
+def _no_steps(reply: Message) -> None:
+    del reply.content.metric_records["metrics"]["steps"]
+
+
 def _many_steps(reply: Message) -> None:
     reply.content.metric_records["metrics"]["steps"] = 1e9
 
@@ -84,6 +88,11 @@ def test_a_site_that_claims_more_steps_than_it_took_is_left_out(shards: Path, tm
     """Its steps would carry everybody's update far away."""
     result, _ = run_here(a_plan(shards, tmp_path, rounds=1, weigh="steps"), spoil=spoil_one(_many_steps))
     assert "times as long" in result["rounds"][0]["failed"]["vidir_modern"]
+
+
+def test_a_site_that_does_not_say_its_steps_ends_no_run(shards: Path, tmp_path: Path) -> None:
+    result, _ = run_here(a_plan(shards, tmp_path, rounds=1, weigh="steps"), spoil=spoil_one(_no_steps))
+    assert len(result["rounds"]) == 1 and result["rounds"][0]["failed"].keys() <= {"vidir_modern"}
 
 
 def test_too_few_answers_stop_the_run_and_say_who_failed(shards: Path, tmp_path: Path) -> None:
