@@ -167,11 +167,12 @@ def _job(recipe: Recipe, folder: ShardFolder, workers: int) -> Job:
         watched = np.arange(sum(group.rows for group in watched_groups))
     else:
         watched_groups, watched = groups, np.flatnonzero(held)
-    labels = labels_of(meta["dx"])[~held]
+    learnt = ~held & folder.drawn(recipe.train_share)
+    labels = labels_of(meta["dx"])[learnt]
     if len(labels) < workers:
         raise DataError(f"{len(labels)} training images", expected=f"at least one for each of {workers} workers")
     plan = EpochPlan(
-        groups, np.flatnonzero(~held), labels, balance(class_counts(labels), recipe.balance), recipe.seed, workers,
+        groups, np.flatnonzero(learnt), labels, balance(class_counts(labels), recipe.balance), recipe.seed, workers,
         min(recipe.optim.batch_size, len(labels)) // workers, recipe.input.height, recipe.input.width,
     )  # fmt: skip
     return Job(recipe, plan, watched_groups, watched, folder.manifest.data_hash)

@@ -94,13 +94,14 @@ def fit_here(
     meta = folder.metadata("train")
     labels = labels_of(meta["dx"])
     pixels = folder.pixels("train", height, width, threads=settings().threads)
+    held = folder.held_out(recipe.validation_fold)
     if recipe.validation_fold is None:  # a curve to look at; nothing is chosen on it
         watched = folder.pixels("calibration", height, width, threads=settings().threads)
         watched_labels = labels_of(folder.metadata("calibration")["dx"])
     else:
-        held = folder.held_out(recipe.validation_fold)
         watched, watched_labels = pixels[held], labels[held]
-        pixels, labels = pixels[~held], labels[~held]
+    learnt = ~held & folder.drawn(recipe.train_share)
+    pixels, labels = pixels[learnt], labels[learnt]
     rule = balance(class_counts(labels), recipe.balance)
     checkpoint = checkpoints / CHECKPOINT_NAME
 

@@ -70,6 +70,9 @@ class Recipe(BaseModel):
     validation_fold: int | str | None = Field(
         None, description="Keep this lesion fold, or all images of this source, out of training and validate on them."
     )
+    train_share: float | None = Field(
+        None, gt=0, le=1, description="Learn from this share of the training lesions only, for a learning curve."
+    )
     monitor_every: int = Field(1, ge=1, description="Epochs between looks at the validation loss.")
     members: dict[str, dict[str, Any]] = Field(
         {}, description="An ensemble: name of each member and its changes to this recipe, as in {optim.epochs: 3}."
@@ -90,7 +93,8 @@ class Recipe(BaseModel):
         How the data are split is part of the data, and the bootstrap comes after. What a recipe does not use is left
         out, so that a key that was added since does not make it another one.
         """
-        unused = {"split", "bootstrap"} | {key for key in ("distillation", "members") if not getattr(self, key)}
+        optional = ("distillation", "members", "train_share")
+        unused = {"split", "bootstrap"} | {key for key in optional if not getattr(self, key)}
         return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()
 
     def starting_from(self, weights: Path | None) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -118,6 +119,26 @@ class ShardFolder:
                 expected=f"a fold of the shards, 0 to {self.manifest.folds - 1}, or one of several sources ({sources})",
             )  # fmt: skip
         return held
+
+    def drawn(self, share: float | None) -> np.ndarray:
+        """Which training images belong to a share of the training lesions: bool [N], in the order of `metadata`.
+
+        A lesion is in or out by a hash of its id, whatever else there is: a smaller share is part of a larger one.
+
+        Args:
+            share: Above 0 to 1, or None for all lesions.
+
+        Raises:
+            DataError: No lesion is left.
+        """
+        lesions = self.metadata("train")["lesion_id"]
+        if share is None:
+            return np.ones(len(lesions), bool)
+        rank = lesions.map(lambda lesion: int.from_bytes(hashlib.sha256(lesion.encode()).digest()[:8]) / 2**64)
+        drawn: np.ndarray = (rank < share).to_numpy()
+        if not drawn.any():
+            raise DataError("no training lesion is left", where=f"train_share {share}", expected="a larger share")
+        return drawn
 
     def images(self, split: Split, wanted: set[str] | None = None) -> Iterator[tuple[str, bytes]]:
         """Image ids and encoded images of a split, all or the wanted ids."""

@@ -183,6 +183,23 @@ def test_a_source_can_be_kept_out(shards: Path) -> None:
         folder.held_out("nowhere")
 
 
+def test_a_share_of_the_lesions_can_be_learnt_from(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ShardFolder(shards)
+    lesions = folder.metadata("train")["lesion_id"]
+    small, large = folder.drawn(0.3), folder.drawn(0.6)
+    assert not (small & ~large).any() and 0 < small.sum() < large.sum() < len(lesions) and folder.drawn(None).all()
+    assert not set(lesions[large]) & set(lesions[~large])  # whole lesions
+    with pytest.raises(DataError, match=r"train_share 1e-09: no training lesion is left"):
+        folder.drawn(1e-9)
+    seen: list[int] = []
+    real = local.memory_feed
+    monkeypatch.setattr(local, "memory_feed", lambda pixels, *rest: seen.append(len(pixels)) or real(pixels, *rest))
+    train(shards, Recipe.model_validate(CHOICES | {"train_share": 0.6, "validation_fold": 2}), tmp_path / "bundle")
+    assert seen == [(large & ~folder.held_out(2)).sum()]
+
+
 def test_what_cannot_be_trained_is_said_first(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"validation_fold: 0 of \d+ training images are in fold 9; expected .* 0 to 4"):
         train(shards, RECIPE.model_copy(update={"validation_fold": 9}), tmp_path / "bundle")
