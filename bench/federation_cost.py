@@ -6,10 +6,10 @@
     python bench/federation_cost.py head --shards SHARDS --weights FILE [--rounds 20]
 
 deployed: three sites as processes on loopback, each with all the shards given, one epoch a round; ours with TLS, keys,
-policy and audit logs, then stock Flower (`bench/stock_flower_app`: state dict, FedAvg) without any of it. Overhead of a
-round: its wall time less the slowest site's own training. The first round, in which everything starts, is left out.
-growing: a simulation; the same images among more and more sites. head: rounds of FedAvg on the head beside the head
-from class sums.
+policy and audit logs, in float32 and with precision=bfloat16, then stock Flower (`bench/stock_flower_app`: state dict,
+FedAvg) without any of it. Overhead of a round: its wall time less the slowest site's own training. The first round, in
+which everything starts, is left out. growing: a simulation; the same images among more and more sites. head: rounds of
+FedAvg on the head beside the head from class sums.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from clients.simulation import simulate, submit_to_hub
 from clients.site import Layouts, empty_network
 from clients.site_checks import installed_app
 from clients.site_config import SiteConfig, make_site
+from clients.wire import Precision
 from dermaflow.learning.backbones import BackboneConfig
 from dermaflow.learning.recipe import Recipe, load_recipe
 
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def deployed(recipe: Recipe, shards: Path, scratch: Path, chosen: argparse.Namespace) -> None:
-    """Ours and stock Flower, one after the other."""
+    """Ours in both precisions and stock Flower, one after the other."""
     os.environ |= {"DERMAFLOW_THREADS": "1", "OMP_NUM_THREADS": "1"}  # three sites on the cores of one machine
     one_epoch = recipe.model_copy(
         update={"optim": recipe.optim.model_copy(update={"head_epochs": 0, "epochs": 1, "ema": 0.0})}
@@ -83,25 +84,31 @@ def deployed(recipe: Recipe, shards: Path, scratch: Path, chosen: argparse.Names
     print("| way | round s | of it the slowest site's training | overhead s | hub's CPU s a round | rounds |")
     print("|---|---|---|---|---|---|")
     found = {
-        "dermaflow": ours(one_epoch, shards, scratch, chosen.rounds),
+        "dermaflow": ours(one_epoch, shards, scratch / "float32", chosen.rounds, "float32"),
+        "dermaflow, bfloat16": ours(one_epoch, shards, scratch / "bfloat16", chosen.rounds, "bfloat16"),
         "stock Flower": stock(one_epoch, shards, scratch, chosen.rounds),
     }
+    costs = {}
     for way, (seconds, training, cpu) in found.items():
         over = [a - b for a, b in zip(seconds, training, strict=True)]
         middle = [statistics.median(values) for values in (seconds, training, over)]
         print(f"| {way} | {' | '.join(f'{value:.1f}' for value in middle)} | {cpu:.2f} | {len(seconds)} |")
-        found[way] = (middle[2], middle[1], cpu)  # type: ignore[assignment]
-    (a, training, b), (c, _, d) = found.values()
-    print(f"overhead: {a / training:.1%} of a site's training")
-    print(f"stock: {c / a:.1f} times the overhead, {d / b:.1f} times the hub's CPU")
+        costs[way] = (middle[2], middle[1], cpu)
+    stock_overhead, _, stock_cpu = costs.pop("stock Flower")
+    for way, (overhead, trained, cpu) in costs.items():
+        print(f"{way}: overhead {overhead / trained:.1%} of a site's training; ", end="")
+        print(
+            f"stock has {stock_overhead / overhead:.1f} times the overhead, {stock_cpu / cpu:.1f} times the hub's CPU"
+        )
 
 
 Found = tuple[list[float], list[float], float]
 """Seconds of each round but the first, the slowest site's training in each, and the hub's CPU seconds a round."""
 
 
-def ours(recipe: Recipe, shards: Path, scratch: Path, rounds: int) -> Found:
+def ours(recipe: Recipe, shards: Path, scratch: Path, rounds: int, precision: Precision) -> Found:
     """The hub and three sites as hospitals run them."""
+    scratch.mkdir()
     state, certs = scratch / "hub", scratch / "certs"
     subprocess.run([CERTIFICATES, certs, "localhost"], check=True, capture_output=True)
     port, admin = free_ports(2)
@@ -125,6 +132,7 @@ def ours(recipe: Recipe, shards: Path, scratch: Path, rounds: int) -> Found:
             until(lambda name=name: read_state(scratch / name).get("state") == "online")
         plan = Plan(
             recipe=recipe.model_dump_json(), rounds=rounds, sites=",".join(named), out=str(scratch / "ours"),
+            precision=precision,
             monitor_every=1000, resamples=1,
         )  # fmt: skip
         marks: list[tuple[float, float]] = []
@@ -215,15 +223,15 @@ def show_bytes() -> None:
     backbone = BackboneConfig(name="mobilenet_v2", weights=None)
     whole = sum(tensor.nbytes for tensor in empty_network(backbone).state_dict().values())
     print(f"MobileNetV2's state dict: {whole / 1e6:.2f} MB each way\n")
-    print("| scope | down MB | up MB | up MB in bfloat16 | both, bfloat16, of the state dict |")
-    print("|---|---|---|---|---|")
+    print("| scope | MB each way | in bfloat16 | in bfloat16, of the state dict |")
+    print("|---|---|---|---|")
     recipe = Recipe(name="bytes", backbone=backbone)
     for scope in ("head", "last_block", "all"):
         order = Order(run="bytes", round=1, rounds=1, strategy="fedavg", recipe=recipe, scope=scope)
         layouts = Layouts.of(order)
-        down = 4 * (layouts.weights.size + layouts.norm.size) / 1e6
-        half = down - 2 * layouts.weights.size / 1e6
-        print(f"| {scope} | {down:.2f} | {down:.2f} | {half:.2f} | {(down + half) / (2 * whole / 1e6):.1%} |")
+        norm = 4 * layouts.norm.size
+        full, half = 4 * layouts.weights.size + norm, 2 * layouts.weights.size + norm
+        print(f"| {scope} | {full / 1e6:.2f} | {half / 1e6:.2f} | {half / whole:.1%} |")
 
 
 def differences(ends: list[float]) -> list[float]:

@@ -71,8 +71,7 @@ class Coordinator:
             run=run, round=0, rounds=plan.rounds, strategy=plan.strategy, scope=plan.scope,
             recipe=recipe.model_copy(update={"seed": plan.seed}), local_epochs=plan.local_epochs,
             adjusted=plan.loss == "adjusted", norm=plan.norm, weigh=plan.weigh, keep_moments=plan.keep_moments,
-            precision=plan.precision, seed=plan.seed,
-            mu=plan.proximal_mu if plan.strategy == "fedprox" else 0.0, resamples=plan.resamples,
+            seed=plan.seed, mu=plan.proximal_mu if plan.strategy == "fedprox" else 0.0, resamples=plan.resamples,
             secure_range=plan.secure_range if plan.secure else 0.0, dp=plan.dp, epsilon=plan.epsilon, delta=plan.delta,
             noise=plan.noise, clip=plan.clip, directions=plan.directions,
         )  # fmt: skip

@@ -21,12 +21,12 @@ def order_record(order: Order, model: Model | None, layouts: Layouts | None, **m
     config: dict[str, Any] = {"order": order.model_dump_json()}
     content = RecordDict()
     if model is not None and layouts is not None:
-        arrays = {"weights": Array(model.weights), "norm": Array(model.norm)}
+        arrays = {"weights": Array(encode(model.weights, order.precision)), "norm": Array(model.norm)}
         config |= {"weights": layouts.weights.digest, "norm": layouts.norm.digest, "rest": layouts.rest.digest}
         if model.rest is not None:
             arrays["rest"] = Array(model.rest)
         if model.control is not None:
-            arrays["control"] = Array(model.control)
+            arrays["control"] = Array(encode(model.control, order.precision))
         content[ARRAYS] = ArrayRecord(arrays | {name: Array(array) for name, array in more.items()})
     elif more:
         content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in more.items()})

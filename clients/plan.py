@@ -59,7 +59,10 @@ class Plan(BaseModel):
     average: float = Field(
         0.0, ge=0, lt=1, description="Decay a round of the averaged model that is kept; 0 keeps the last round's."
     )
-    precision: Precision = Field("float32", description="Of what a site sends.")
+    precision: Precision = Field(
+        "float32",
+        description="Of the weights sent to a site in a round and its answer; sums and the model are float32.",
+    )
     proximal_mu: float = Field(0.01, ge=0, description="fedprox only.")
     server_rate: float = Field(0.0, ge=0, description="Step of the server; 0 for the strategy's own default.")
     server_momentum: float = Field(0.9, ge=0, lt=1, description="fedavgm only.")

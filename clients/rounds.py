@@ -125,7 +125,7 @@ class SiteRounds(Strategy):
         self._names, self._grid = grid.names, grid
         order = self.order.model_copy(
             update={
-                "round": number, "rate": self._rate(number),
+                "round": number, "rate": self._rate(number), "precision": self.plan.precision,
                 "monitor": (number - 1) % self.plan.monitor_every == 0,
             }
         )  # fmt: skip
