@@ -23,7 +23,7 @@ import numpy as np
 
 from clients.coordinator import balanced_accuracy
 from clients.partition import POOLED
-from clients.plan import Plan
+from clients.plan import PRESETS, Plan
 from clients.simulation import simulate
 from clients.site_data import simulated_sites
 from dermaflow.learning.recipe import load_recipe
@@ -42,9 +42,7 @@ class Method(NamedTuple):
 
 UNCUT = {"optim.clip": 1e6}
 """Gradients cut to one length make a site that has little to learn count as much as one that has much."""
-OURS = Method(
-    {"local_epochs": 1 / 16, "norm": "frozen", "weigh": "steps", "average": 0.8}, UNCUT | {"optim.lr": 4e-4}
-)  # fmt: skip
+OURS = Method(*PRESETS["label-skew"])
 SMOOTH = {"local_epochs": 0.25}
 """Of one site: the same training, whose rate moves four times an epoch."""
 METHODS = {
@@ -115,9 +113,10 @@ def _run(name: str, method: Method, seed: int, chosen: argparse.Namespace) -> No
     recipe = load_recipe(chosen.recipe, changes | method.recipe)
     rounds = round(chosen.epochs / method.plan.get("local_epochs", 1))
     settings = {"head": "statistics", "only": ",".join(simulated_sites(chosen.shards, "natural"))} | method.plan
+    settings |= {"rounds": rounds, "monitor_every": max(1, (rounds - 1) // 6)}
     plan = Plan(
         recipe=recipe.model_dump_json(), shards=chosen.shards, partition="natural+pooled", out=str(out), seed=seed,
-        rounds=rounds, monitor_every=max(1, (rounds - 1) // 6), **settings,
+        **settings,
     )  # fmt: skip
     result = simulate(plan, gpus=chosen.gpus)
     print(f"{name}, seed {seed}: {_balanced(result):.3f}, {time.perf_counter() - began:.0f} s", flush=True)

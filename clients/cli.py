@@ -6,12 +6,15 @@ import json
 import signal
 import threading
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dermaflow.cli.console import bars, command, console, local_only, print_table
 from dermaflow.errors import DataError
+
+if TYPE_CHECKING:
+    from clients.plan import PresetName
 
 app = typer.Typer(
     rich_markup_mode="markdown", invoke_without_command=True, pretty_exceptions_enable=False,
@@ -38,12 +41,18 @@ def main(
     state: State = HUB,
     site: Annotated[list[str] | None, typer.Option(help="Site of the run: NAME=NODE-ID. Repeatable.")] = None,
     weights: Annotated[Path | None, typer.Option(help="First weights of the backbone (.pth, .safetensors).")] = None,
+    preset: Annotated[
+        Literal["plain", "label-skew"],
+        typer.Option(help="label-skew: for sites that see different diagnoses; 96 short rounds, from weights."),
+    ] = "plain",
     strategy: Annotated[
         Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "scaffold", "trimmed_mean", "median", "krum"],
         typer.Option(help="How updates are brought together."),
     ] = "fedavg",
-    rounds: Annotated[int, typer.Option(min=0)] = 20,
-    local_epochs: Annotated[float, typer.Option(help="Epochs of a site in a round, 0.25 for instance.")] = 1.0,
+    rounds: Annotated[int | None, typer.Option(min=0, help="20, or the preset's.")] = None,
+    local_epochs: Annotated[
+        float | None, typer.Option(help="Epochs of a site in a round, 0.25 for instance. 1, or the preset's.")
+    ] = None,
     scope: Annotated[
         Literal["head", "last_block", "all"], typer.Option(help="What is trained and sent.")
     ] = "all",
@@ -70,13 +79,15 @@ def main(
             choices |= {"shards": shards or "", "partition": partition}
         else:
             choices["sites"] = ",".join(site or [])
-        run(choices, recipe, weights, set_ or [], recipe_set or [], None if simulate else state, gpus, compare)
+        run(
+            choices, preset, recipe, weights, set_ or [], recipe_set or [], None if simulate else state, gpus, compare
+        )  # fmt: skip
 
 
 @command
 def run(
-    choices: dict[str, Any], recipe: str, weights: Path | None, changes: list[str], recipe_changes: list[str],
-    state: Path | None, gpus: float, compare: bool,
+    choices: dict[str, Any], preset: PresetName, recipe: str, weights: Path | None, changes: list[str],
+    recipe_changes: list[str], state: Path | None, gpus: float, compare: bool,
 ) -> None:  # fmt: skip
     """Make the plan, run it, show what came out."""
     local_only(Path(choices["out"]), "--out")
@@ -86,7 +97,7 @@ def run(
 
     if threading.current_thread() is threading.main_thread():  # ended from outside, it stops what it started as well
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    plan = make_plan(choices, recipe, weights, changes, recipe_changes, real=state is not None)
+    plan = make_plan(choices, recipe, weights, changes, recipe_changes, real=state is not None, preset=preset)
     if compare and state is not None:
         raise DataError(
             "hospitals are not compared by this switch", where="--compare",

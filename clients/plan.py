@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,9 +17,30 @@ StrategyName = Literal[
 ]
 
 
+PresetName = Literal["plain", "label-skew"]
 Norm = Literal["shared", "local", "frozen"]
 Weigh = Literal["images", "steps"]
 Privacy = Literal["none", "lesion", "site", "central"]
+
+
+class Preset(NamedTuple):
+    """Choices that belong together: fields of the plan, and keys of the recipe."""
+
+    plan: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+PRESETS: dict[PresetName, Preset] = {
+    "plain": Preset({}, {}),
+    "label-skew": Preset(
+        {
+            "rounds": 96, "local_epochs": 1 / 16, "head": "statistics", "norm": "frozen", "weigh": "steps",
+            "average": 0.8,
+        },
+        {"optim.lr": 4e-4, "optim.clip": 1e6},
+    ),
+}  # fmt: skip
+"""label-skew: for sites that see different diagnoses. Why: docs/federation.md; measured: bench/federation.py."""
 
 
 class Plan(BaseModel):

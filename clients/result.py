@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from clients.coordinator import REFERENCE, RESULT, network_of_result
-from clients.plan import Plan
+from clients.plan import PRESETS, Plan, PresetName
 from dermaflow import storage
 from dermaflow.bundles.bundle import load_bundle, save_bundle
 from dermaflow.errors import BundleError, DataError, RecipeError
@@ -31,26 +31,33 @@ MODEL = "model"
 
 def make_plan(
     choices: dict[str, Any], recipe: str, weights: Path | None, changes: list[str], recipe_changes: list[str], *,
-    real: bool,
+    real: bool, preset: PresetName = "plain",
 ) -> Plan:  # fmt: skip
     """The plan of a command.
 
     Args:
-        choices: Fields of the plan.
+        choices: Fields of the plan; None for what the preset or the plan's default says.
         recipe: Name or file.
         weights: First weights, in place of the recipe's.
         changes: ``key=value`` of further fields.
         recipe_changes: ``key=value`` of the recipe.
         real: Whether hospitals take part, rather than a simulation.
+        preset: What holds where nothing else is said.
 
     Raises:
-        RecipeError: An unknown key or an impossible value.
+        RecipeError: An unknown key or an impossible value, or a preset that needs first weights has none.
         DataError: No shards, or no sites.
     """
-    loaded = load_recipe(recipe, _parsed(recipe_changes))
+    usual = PRESETS[preset]
+    loaded = load_recipe(recipe, usual.recipe | _parsed(recipe_changes))
     if weights is not None:
         backbone = loaded.backbone.model_copy(update={"weights": str(weights.absolute())})
         loaded = loaded.model_copy(update={"backbone": backbone})
+    if usual.plan.get("norm") == "frozen" and loaded.backbone.weights in (None, "none"):
+        raise RecipeError(
+            f"no first weights, whose normalisation {preset} keeps", where="--preset", expected="pretrained weights",
+            todo="give --weights FILE, or --recipe-set backbone.weights=imagenet",
+        )  # fmt: skip
     if real and not choices["sites"]:
         raise DataError(
             "no site", expected="--site NAME=NODE-ID for each, as `dermaflow federate register` printed it",
@@ -61,7 +68,8 @@ def make_plan(
             raise DataError("no shards", expected="--shards DIR", todo="prepare some: dermaflow prepare")
         ShardFolder(choices["shards"])  # a clear error now rather than in Flower's processes
     try:
-        return Plan.model_validate({**choices, "recipe": loaded.model_dump_json(), **_parsed(changes)})
+        said = {key: value for key, value in choices.items() if value is not None} | _parsed(changes)
+        return Plan.model_validate(usual.plan | {"recipe": loaded.model_dump_json()} | said)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:  # choices that do not go together; the message says what to do

@@ -30,8 +30,9 @@ def federate(
     recipe: str = "ham10000-cpu",
     weights: Path | None = None,
     strategy: str = "fedavg",
-    rounds: Annotated[int, Field(ge=1)] = 20,
-    local_epochs: Annotated[float, Field(gt=0)] = 1.0,
+    preset: Literal["plain", "label-skew"] = "plain",
+    rounds: Annotated[int | None, Field(ge=1)] = None,
+    local_epochs: Annotated[float | None, Field(gt=0)] = None,
     partition: str = "natural",
     choices: list[str] | None = None,
     recipe_changes: list[str] | None = None,
@@ -58,8 +59,9 @@ def federate(
         recipe: Network and local training: name of a shipped recipe, or a .yaml file.
         weights: First weights of the backbone, in place of the recipe's.
         strategy: How updates are brought together, fedavg for instance.
-        rounds: Rounds of training.
-        local_epochs: Epochs of a site in a round.
+        preset: label-skew for sites that see different diagnoses (docs/federation.md); needs pretrained weights.
+        rounds: Rounds of training; 20, or the preset's.
+        local_epochs: Epochs of a site in a round; 1, or the preset's.
         partition: Simulation: natural, iid:N or dirichlet:ALPHA:N.
         choices: Any other choice of the run, as key=value (docs/federation.md); repeatable.
         recipe_changes: Changes of the recipe, as key=value; repeatable.
@@ -90,8 +92,10 @@ def federate(
             where = ["--state", str(state.absolute()), *(part for site in sites for part in ("--site", site))]
         model = federated(
             [
-                "--out", str(out), *where, "--recipe", recipe, "--strategy", strategy, "--rounds", str(rounds),
-                "--local-epochs", str(local_epochs), *(["--weights", str(weights)] if weights else []),
+                "--out", str(out), *where, "--recipe", recipe, "--strategy", strategy, "--preset", preset,
+                *(["--rounds", str(rounds)] if rounds else []),
+                *(["--local-epochs", str(local_epochs)] if local_epochs else []),
+                *(["--weights", str(weights)] if weights else []),
                 *(part for choice in choices or [] for part in ("--set", choice)),
                 *(part for change in recipe_changes or [] for part in ("--recipe-set", change)),
                 *(["--compare"] if compare else []),

@@ -19,14 +19,14 @@ from clients.coordinator import network_of_result
 from clients.memory import Memory
 from clients.partition import site_of_lesions
 from clients.plan import Order, Plan
-from clients.result import save_model
+from clients.result import make_plan, save_model
 from clients.rounds import SiteRounds
 from clients.simulation import claim
 from clients.site import Correction, Layouts, Model, Site, local_recipe, part_of_epoch
 from clients.site_data import SiteData, simulated_sites
 from clients.wire import layout_of, pack
 from dermaflow.bundles.bundle import load_bundle
-from dermaflow.errors import CheckpointError
+from dermaflow.errors import CheckpointError, RecipeError
 from dermaflow.learning.backbones import build
 from dermaflow.learning.inference import predict
 from dermaflow.learning.linear_head import SCALES, discriminant_head
@@ -309,6 +309,20 @@ def test_a_plan_names_its_sites() -> None:
     assert plan.node_ids() == {12: "north", 34: "south"}
     with pytest.raises(Exception, match="north"):
         Plan(recipe="", out="", sites="north").node_ids()
+
+
+def test_a_preset_holds_where_nothing_else_is_said(shards: Path, tmp_path: Path) -> None:
+    choices = {"shards": str(shards), "out": str(tmp_path), "rounds": None, "local_epochs": None}
+    pretrained = ["backbone.weights=imagenet"]
+    plan = make_plan(choices, "demo", None, [], pretrained, real=False, preset="label-skew")
+    assert (plan.rounds, plan.local_epochs, plan.norm, plan.weigh) == (96, 1 / 16, "frozen", "steps")
+    assert (plan.parsed_recipe.optim.lr, plan.parsed_recipe.optim.clip) == (4e-4, 1e6)
+    said = ["norm=shared"], [*pretrained, "optim.lr=0.01"]
+    changed = make_plan(choices | {"rounds": 5}, "demo", None, *said, real=False, preset="label-skew")
+    assert (changed.rounds, changed.norm, changed.parsed_recipe.optim.lr) == (5, "shared", 0.01)
+    assert make_plan(choices, "demo", None, [], [], real=False).rounds == 20
+    with pytest.raises(RecipeError, match=r"no first weights, whose normalisation label-skew keeps; .*--weights FILE"):
+        make_plan(choices, "demo", None, [], [], real=False, preset="label-skew")
 
 
 def test_a_folder_belongs_to_one_plan(tmp_path: Path) -> None:
