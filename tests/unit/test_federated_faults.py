@@ -90,8 +90,9 @@ def test_a_site_that_claims_more_steps_than_it_took_is_left_out(shards: Path, tm
     assert "times as long" in result["rounds"][0]["failed"]["vidir_modern"]
 
 
-def test_a_site_that_does_not_say_its_steps_ends_no_run(shards: Path, tmp_path: Path) -> None:
-    result, _ = run_here(a_plan(shards, tmp_path, rounds=1, weigh="steps"), spoil=spoil_one(_no_steps))
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_site_that_does_not_say_its_steps_ends_no_run(shards: Path, tmp_path: Path, secure: bool) -> None:
+    result, _ = run_here(a_plan(shards, tmp_path, rounds=1, weigh="steps", secure=secure), spoil=spoil_one(_no_steps))
     assert len(result["rounds"]) == 1 and result["rounds"][0]["failed"].keys() <= {"vidir_modern"}
 
 
