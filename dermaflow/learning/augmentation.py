@@ -27,6 +27,13 @@ class AugmentConfig(BaseModel):
     contrast: float = Field(0.2, ge=0, lt=1)
     saturation: float = Field(0.2, ge=0, lt=1)
     tint: float = Field(0.05, ge=0, lt=1, description="Gain of each colour channel, as between cameras and lamps.")
+    sharpness: float = Field(0.0, ge=0, le=1, description="Fine detail is amplified by 1-sharpness to 1+sharpness.")
+    noise: float = Field(
+        0.0,
+        ge=0,
+        le=64,
+        description="Noise of a pixel, all channels alike; standard deviation from 0 to this, of 255.",
+    )
     erase: float = Field(0.0, ge=0, le=1, description="Chance that a rectangle is blanked.")
 
 
@@ -50,6 +57,8 @@ def augment(
     planes = pixels.permute(0, 3, 1, 2).float()
     planes = _move(planes, config, generator, size or (pixels.shape[1], pixels.shape[2]))
     planes = _recolour(planes, config, generator)
+    if config.sharpness or config.noise:
+        planes = _resharpen(planes, config, generator)
     if config.erase:
         planes = _erase(planes, config.erase, generator)
     return planes.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
@@ -93,6 +102,16 @@ def _recolour(planes: torch.Tensor, config: AugmentConfig, generator: torch.Gene
     middle = planes.mean(dim=(2, 3)) @ _GREY.to(planes.device)
     offset = gain.to(planes.device) * ((1 - contrast[:, :, 0].to(planes.device)) * middle[:, None])[:, :, None]
     return torch.baddbmm(offset, matrix, planes.flatten(2)).view_as(planes)
+
+
+def _resharpen(planes: torch.Tensor, config: AugmentConfig, generator: torch.Generator) -> torch.Tensor:
+    """Soften or sharpen by an unsharp mask, then add noise: as lenses, sensors and copies at other sizes differ."""
+    count = len(planes)
+    amount = _uniform((count, 1, 1, 1), -config.sharpness, config.sharpness, generator).to(planes.device)
+    around = functional.avg_pool2d(functional.pad(planes, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    deviation = _uniform((count, 1, 1, 1), 0, config.noise, generator)
+    noise = torch.randn((count, 1, *planes.shape[2:]), generator=generator).mul_(deviation).to(planes.device)
+    return planes.lerp(around, -amount).add_(noise)
 
 
 def _erase(planes: torch.Tensor, chance: float, generator: torch.Generator) -> torch.Tensor:

@@ -94,7 +94,9 @@ class Recipe(BaseModel):
         out, so that a key that was added since does not make it another one.
         """
         optional = ("distillation", "members", "train_share")
-        unused = {"split", "bootstrap"} | {key for key in optional if not getattr(self, key)}
+        unused: dict[str, Any] = {key: True for key in optional if not getattr(self, key)}
+        unused |= {"split": True, "bootstrap": True}
+        unused["augment"] = {key for key in ("sharpness", "noise") if not getattr(self.augment, key)}
         return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()
 
     def starting_from(self, weights: Path | None) -> Recipe:

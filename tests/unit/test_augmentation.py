@@ -46,7 +46,7 @@ def test_everything_off_leaves_the_image(batch: torch.Tensor) -> None:
     assert (run(batch, only()).int() - batch.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(), AugmentConfig(erase=0.5)])
+@pytest.mark.parametrize("config", [AugmentConfig(), AugmentConfig(erase=0.5, sharpness=0.5, noise=5)])
 def test_seeded_and_of_the_same_shape(batch: torch.Tensor, config: AugmentConfig) -> None:
     kept = batch.clone()
     found = run(batch, config)
@@ -60,7 +60,7 @@ def test_seeded_and_of_the_same_shape(batch: torch.Tensor, config: AugmentConfig
 
 
 def test_each_image_is_changed_in_its_own_way_and_knows_nothing_of_the_others(batch: torch.Tensor) -> None:
-    config = AugmentConfig(erase=0.5)
+    config = AugmentConfig(erase=0.5, sharpness=0.5, noise=5)
     alike = run(batch[:1].expand(6, -1, -1, -1), config)
     assert len({image.numpy().tobytes() for image in alike}) == 6
     other = batch.clone()
@@ -180,6 +180,25 @@ def test_saturation_pulls_about_the_grey_of_each_pixel(dull: torch.Tensor) -> No
     assert 0.48 < spread.min() < 0.62 and 1.38 < spread.max() < 1.52
     grey = dull[:, :, :, :1].expand(-1, -1, -1, 3)
     assert (run(grey, only(saturation=0.5)).int() - grey.int()).abs().max() <= 1
+
+
+def test_sharpness_amplifies_or_softens_fine_detail() -> None:
+    """An unsharp mask is linear: what it adds is a share, between -0.5 and 0.5, of the image less its surroundings."""
+    image = torch.randint(90, 160, (1, HEIGHT, WIDTH, 3), generator=torch.Generator().manual_seed(0))
+    many = image.to(torch.uint8).expand(64, -1, -1, -1)
+    planes = many.permute(0, 3, 1, 2).double()
+    detail = (planes[:, :, 1:-1, 1:-1] - torch.nn.functional.avg_pool2d(planes, 3, 1)).flatten(1)
+    added = (run(many, only(sharpness=0.5)).permute(0, 3, 1, 2).double() - planes)[:, :, 1:-1, 1:-1].flatten(1)
+    amount = (added * detail).sum(1) / (detail**2).sum(1)
+    assert (added - amount[:, None] * detail).abs().max() < 0.6  # rounding
+    assert -0.501 < amount.min() < -0.4 and 0.4 < amount.max() < 0.501
+
+
+def test_noise_is_even_over_the_image_and_its_strength_is_drawn(dull: torch.Tensor) -> None:
+    added = run(dull, only(noise=6)).double() - dull.double()
+    assert (added - added.mean(3, keepdim=True)).abs().max() <= 1  # all channels alike, but for rounding
+    strength = added.flatten(1).std(1)
+    assert strength.min() < 2 and 4.5 < strength.max() < 6.2 and added.mean().abs() < 0.1
 
 
 def test_erasing_blanks_a_part_of_some_images_with_the_mean_colour(dull: torch.Tensor) -> None:

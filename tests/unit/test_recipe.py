@@ -126,8 +126,8 @@ def test_the_digest_changes_with_the_content_and_not_with_the_spelling(tmp_path:
     same = load_recipe(write(tmp_path, **demo.model_dump(mode="json")))
     assert same.digest == demo.digest == load_recipe("demo", {"optim.lr": "1e-3"}).digest
     changes: list[dict[str, Any]] = [{"seed": 1}, {"optim.lr": 0.003}, {"augment.flips": False}, {"validation_fold": 0}]
-    changes += [{"train_share": 0.5}]
-    assert len({load_recipe("demo", change).digest for change in changes} | {demo.digest}) == 6
+    changes += [{"train_share": 0.5}, {"augment.noise": 3}, {"augment.sharpness": 0.5}]
+    assert len({load_recipe("demo", change).digest for change in changes} | {demo.digest}) == 8
 
 
 def test_changes_on_top() -> None:
