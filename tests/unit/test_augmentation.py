@@ -190,7 +190,7 @@ def test_sharpness_amplifies_or_softens_fine_detail() -> None:
     detail = (planes[:, :, 1:-1, 1:-1] - torch.nn.functional.avg_pool2d(planes, 3, 1)).flatten(1)
     added = (run(many, only(sharpness=0.5)).permute(0, 3, 1, 2).double() - planes)[:, :, 1:-1, 1:-1].flatten(1)
     amount = (added * detail).sum(1) / (detail**2).sum(1)
-    assert (added - amount[:, None] * detail).abs().max() < 0.6  # rounding
+    assert (added - amount[:, None] * detail).abs().max() < 0.7  # rounding
     assert -0.501 < amount.min() < -0.4 and 0.4 < amount.max() < 0.501
 
 
