@@ -147,15 +147,17 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
             train_mode(network, freeze_norm=optim.freeze_norm)
             total, images = 0.0, 0.0
             size = recipe.input.at_epoch(epoch)
+            shown = max(size, run.teacher_size)  # a teacher never sees a small picture enlarged
             for step, (pixels, targets) in enumerate(islice(run.feed.epoch(epoch), run.feed.steps)):
-                inputs = normalise(augment(pixels.to(run.device), recipe.augment, draws, size), recipe.input_spec)
+                views = normalise(augment(pixels.to(run.device), recipe.augment, draws, shown), recipe.input_spec)
+                inputs = _at_size(views, size)
                 targets = targets.to(run.device)
                 with torch.autocast(run.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
                     logits = model(inputs)
                 loss = loss_of(logits, targets)
                 if recipe.distillation is not None:
                     share = recipe.distillation.weight
-                    taught = distance(logits, _taught(run, inputs, precision), recipe.distillation.temperature)
+                    taught = distance(logits, _taught(run, views, precision), recipe.distillation.temperature)
                     loss = (1 - share) * loss + share * taught
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -203,13 +205,15 @@ def fit(network: Network, run: Run, state: State | None = None) -> tuple[Network
     return kept.cpu(), run.history
 
 
-def _taught(run: Run, inputs: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+def _taught(run: Run, views: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
     """What the teacher says of a batch, at the size it was trained at."""
     assert run.teacher is not None
-    if inputs.shape[2:] != run.teacher_size:
-        inputs = nn.functional.interpolate(inputs, run.teacher_size, mode="bilinear")
     with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        return run.teacher(inputs)
+        return run.teacher(_at_size(views, run.teacher_size))
+
+
+def _at_size(views: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return views if tuple(views.shape[2:]) == size else nn.functional.interpolate(views, size, mode="bilinear")
 
 
 def _patience_is_spent(run: Run, best: int, start: int) -> bool:

@@ -16,12 +16,14 @@ from dermaflow.bundles.bundle import LoadedBundle, load_bundle
 from dermaflow.cli.main import app
 from dermaflow.errors import BundleError, CheckpointError, RecipeError
 from dermaflow.evaluation.run import evaluate_bundle
+from dermaflow.learning import local, loop
 from dermaflow.learning.ensemble import join_models
 from dermaflow.learning.inference import network_of, predict
 from dermaflow.learning.losses import distance
 from dermaflow.learning.recipe import Recipe
 from dermaflow.learning.train import train
 from dermaflow.preparation.reading import ShardFolder
+from dermaflow.preparation.transforms import normalise
 from dermaflow.scoring.predictor import Predictor
 from dermaflow.trust.explain import explain
 
@@ -146,6 +148,28 @@ def test_a_student_comes_nearer_to_its_teacher(shards: Path, pair: Path, tmp_pat
         logits = torch.from_numpy(predict(network_of(student), pixels, student.bundle.input)[0])
         away.append(float(distance(logits, wanted, 1.0)))
     assert away[0] < 0.9 * away[1], away
+
+
+def test_a_teacher_sees_the_picture_whole_while_its_student_sees_it_small(
+    shards: Path, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    network = network_of(load_bundle(pair))
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    monkeypatch.setattr(local, "network_of", lambda teacher: network)
+    shown: list[torch.Tensor] = []
+    real = loop.augment
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        shown.append(real(*arguments))
+        return shown[-1]
+
+    monkeypatch.setattr(loop, "augment", spy)
+    size = {"height": 24, "width": 32, "small_epochs": 1}
+    train(shards, Recipe.model_validate(CHOICES | TAUGHT | {"input": size}), tmp_path / "out", teacher=pair)
+    spec = PAIR.input_spec
+    assert len(seen) == len(shown) and all(torch.equal(a, normalise(b, spec)) for a, b in zip(seen, shown, strict=True))
+    assert {tuple(views.shape[1:3]) for views in shown} == {(24, 32)}
 
 
 def test_a_teacher_and_what_to_do_with_it_belong_together(shards: Path, pair: Path, tmp_path: Path) -> None:
