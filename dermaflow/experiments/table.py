@@ -86,7 +86,23 @@ def compare(
     ]  # fmt: skip
 
 
-def write_table(sweep: Sweep, variants: list[Variant], name: str, out: Path) -> tuple[Path, Path]:
+def compare_sources(
+    sweep: Sweep, places: Mapping[tuple[str, int | str, int], Path], resamples: int = 1000, seed: int = 0
+) -> dict[str, list[Variant]]:
+    """`compare` on each source alone that a sweep over several holds out; empty for lesion folds."""
+    sources = [fold for fold in sweep.folds if isinstance(fold, str)] if len(sweep.folds) > 1 else []
+    return {
+        source: compare(
+            sweep.model_copy(update={"folds": [source]}),
+            {trial: place for trial, place in places.items() if trial[1] == source}, resamples, seed,
+        )
+        for source in sources
+    }  # fmt: skip
+
+
+def write_table(
+    sweep: Sweep, variants: list[Variant], sources: Mapping[str, list[Variant]], name: str, out: Path
+) -> tuple[Path, Path]:
     """Write ``<name>.md`` and ``<name>.png``; returns both paths."""
     page, plot = out / f"{name}.md", out / f"{name}.png"
     trials = ", ".join(f"fold {fold}" if isinstance(fold, int) else f"source {fold}" for fold in sweep.folds)
@@ -95,15 +111,15 @@ def write_table(sweep: Sweep, variants: list[Variant], name: str, out: Path) -> 
         f"# {sweep.question}", "",
         f"Recipe `{sweep.recipe}`, {trials} of the training split held out in turn, {seeds}. Below a figure its 95 % "
         "lesion-bootstrap interval; differences are from the first line, in the same resamples.", "",
-        "| variant | " + " | ".join(f"{figure} | difference" for figure in FIGURES) + " | minutes |",
-        "|---|" + "---|" * (2 * len(FIGURES) + 1),
+        *_rows(variants),
     ]  # fmt: skip
-    for variant in variants:
-        cells = [variant.name]
-        for figure in FIGURES:
-            cells.append(_cell(variant.figures[figure]))
-            cells.append(_cell(variant.differences[figure], "+") if variant.differences else "")
-        lines.append("| " + " | ".join([*cells, f"{variant.minutes:.1f}"]) + " |")
+    for source, found in sources.items():
+        lines += [
+            "",
+            f"Images of {source} alone, which the networks never saw; means are over the diagnoses it has:",
+            "",
+        ]
+        lines += _rows(found)
     lines += ["", f"![The figures and their intervals]({plot.name})", "", "Changes:", ""]
     for named, changes in sweep.variants.items():
         lines.append(f"- {named}: " + (", ".join(f"`{key}: {value}`" for key, value in changes.items()) or "none"))
@@ -111,6 +127,20 @@ def write_table(sweep: Sweep, variants: list[Variant], name: str, out: Path) -> 
     with storage.open_atomic(plot) as stream:
         _plot(variants).savefig(stream, format="png", dpi=110)
     return page, plot
+
+
+def _rows(variants: list[Variant]) -> list[str]:
+    lines = [
+        "| variant | " + " | ".join(f"{figure} | difference" for figure in FIGURES) + " | minutes |",
+        "|---|" + "---|" * (2 * len(FIGURES) + 1),
+    ]
+    for variant in variants:
+        cells = [variant.name]
+        for figure in FIGURES:
+            cells.append(_cell(variant.figures[figure]))
+            cells.append(_cell(variant.differences[figure], "+") if variant.differences else "")
+        lines.append("| " + " | ".join([*cells, f"{variant.minutes:.1f}"]) + " |")
+    return lines
 
 
 def _measure(table: pd.DataFrame, weights: np.ndarray) -> np.ndarray:

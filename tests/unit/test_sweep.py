@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dermaflow.cli.main import app
 from dermaflow.errors import DataError, RecipeError
 from dermaflow.experiments.sweep import Record, load_sweep, run_sweep, run_trial, trial_folder
-from dermaflow.experiments.table import compare
+from dermaflow.experiments.table import compare, compare_sources
 from dermaflow.preparation.reading import ShardFolder, labels_of
 from dermaflow.taxonomy import CODES
 
@@ -72,6 +72,28 @@ def test_the_command_leaves_a_page_and_a_plot(out: Path) -> None:
     page = (out / "rates.md").read_text()
     assert "| usual |" in page and "optim.lr" in page and "(rates.png)" in page
     assert (out / "rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sources_are_shown_each_alone(file: Path, shards: str, tmp_path: Path) -> None:
+    sites = ["rosendahl", "vidir_modern"]
+    variants = {"usual": {"optim.epochs": 1}, "slow": {"optim.epochs": 1, "optim.lr": 0.0003}}
+    content = yaml.safe_load(file.read_text()) | {"folds": sites, "variants": variants}
+    (tmp_path / "unseen.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    arguments = ["sweep", str(tmp_path / "unseen.yaml"), "--shards", shards, "--out", str(tmp_path)]
+    said = CliRunner().invoke(app, [*arguments, "--resamples", "20"])
+    assert said.exit_code == 0, said.output
+    page = (tmp_path / "unseen.md").read_text()
+    sweep = load_sweep(tmp_path / "unseen.yaml")
+    places = run_sweep(sweep, shards, tmp_path)
+    found = compare_sources(sweep, places, 20)
+    for site in sites:
+        alone = page.split(f"Images of {site} alone")[1].split("\n\n")[1]
+        assert [line.split("|")[1].strip() for line in alone.splitlines()[2:]] == ["usual", "slow"]
+        table = pd.read_parquet(places["slow", site, 0] / "predictions.parquet")
+        p = table[[f"p_{code}" for code in CODES]].to_numpy()
+        accuracy = accuracy_score(labels_of(table["dx"]), p.argmax(1))
+        assert found[site][1].figures["accuracy"].value == pytest.approx(accuracy) and f"| {accuracy:.3f}" in alone
+    assert not compare_sources(load_sweep(file), {})
 
 
 def test_what_was_trained_is_not_trained_again(file: Path, shards: str, out: Path) -> None:
