@@ -101,7 +101,8 @@ def fit_here(
     else:
         watched, watched_labels = pixels[held], labels[held]
     learnt = ~held & folder.drawn(recipe.train_share)
-    pixels, labels = pixels[learnt], labels[learnt]
+    if not learnt.all():  # indexing copies: gigabytes at the published size
+        pixels, labels = pixels[learnt], labels[learnt]
     rule = balance(class_counts(labels), recipe.balance)
     checkpoint = checkpoints / CHECKPOINT_NAME
 
