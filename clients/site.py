@@ -254,7 +254,7 @@ class Site:
             return np.zeros((0, 7), np.float32), np.zeros((0, network.head.in_features), np.float32)
         device = pick_device()
         network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return predict(network, pixels, spec, batch_size=256 if device.type == "cuda" else 64)
+        return predict(network, pixels, spec)
 
 
 class Correction:

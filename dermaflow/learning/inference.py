@@ -33,7 +33,7 @@ def network_of(loaded: LoadedBundle) -> Network:
 
 
 def predict(
-    network: Network, pixels: np.ndarray, spec: InputSpec, *, device: torch.device | None = None, batch_size: int = 64,
+    network: Network, pixels: np.ndarray, spec: InputSpec, *, device: torch.device | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Logits and features in float32, without augmentation.
@@ -43,13 +43,13 @@ def predict(
         pixels: uint8 [N, H, W, 3] of the size of `spec`.
         spec: Normalisation and views.
         device: Device of the network; by default that of its parameters.
-        batch_size: Images at a time.
         progress: Called with images done and in all.
 
     Returns:
         Logits float32 [N, 7] and features float32 [N, D]; means over the views.
     """
     device = device or next(network.parameters()).device
+    batch_size = 8 if device.type == "cpu" else 256  # larger tensors go back to the system and come anew: half the time
     was_training = network.training
     network.eval()
     logits, features = [], []
