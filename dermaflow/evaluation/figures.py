@@ -99,11 +99,13 @@ class Population(_Strict):
     Attributes:
         absent: Codes of the classes it does not hold; they are left out of every average.
         points: By operating point: accuracy, balanced, melanoma_safe.
+        argmax: Of the most probable class, which is what papers report; None in an evaluation older than this figure.
     """
 
     counts: Counts
     absent: list[str]
     points: dict[str, PointFigures]
+    argmax: PointFigures | None = None
     ranking: RankingFigures
     calibration: CalibrationFigures
     conformal: ConformalFigures
@@ -211,7 +213,11 @@ class Evaluation(_Strict):
         """The figures a bundle and the registry carry, for all images; undefined ones are left out."""
         population = self.populations["all"]
         points, ranking = population.points, population.ranking
-        figures = {
+        figures = {} if population.argmax is None else {
+            "argmax_accuracy": population.argmax.accuracy,
+            "argmax_balanced_accuracy": population.argmax.balanced_accuracy,
+        }  # fmt: skip
+        figures |= {
             "accuracy": points["accuracy"].accuracy,
             "balanced_accuracy": points["accuracy"].balanced_accuracy,
             "macro_f1": points["accuracy"].macro_f1,

@@ -42,6 +42,7 @@ from dermaflow.trust.conformal import conformal_sets
 from dermaflow.trust.decision import decide
 
 _MALIGNANT = np.array(MALIGNANT)
+_ARGMAX = OperatingPoint(name="accuracy", tau=0.0)  # no prior correction: the most probable class
 _SEVERITY = np.array([diagnosis.severity for diagnosis in DIAGNOSES])
 
 
@@ -115,6 +116,7 @@ def describe(sample: Sample, calibration: Calibration) -> Population:
         counts=sample.counts(),
         absent=sample.absent(),
         points={point.name: point_figures(sample, point, calibration.priors) for point in calibration.operating_points},
+        argmax=point_figures(sample, _ARGMAX, calibration.priors),
         ranking=ranking_figures(sample),
         calibration=calibration_figures(sample),
         conformal=conformal_figures(sample, calibration),

@@ -61,6 +61,8 @@ def test_figures_are_those_of_scikit_learn(predictions, calibration, evaluation,
         assert figures.classes["mel"].specificity.value == pytest.approx((predicted[others] != MELANOMA).mean())
         benign = ~np.array(MALIGNANT)[predicted[~others]]
         assert figures.melanomas_called_benign.value == pytest.approx(benign.mean())
+    assert ours.argmax.accuracy.value == pytest.approx(sk.accuracy_score(truth, p.argmax(1)))
+    assert ours.argmax.balanced_accuracy.value == pytest.approx(sk.balanced_accuracy_score(truth, p.argmax(1)))
     malignant = np.array(MALIGNANT)
     assert ours.ranking.macro_auc.value == pytest.approx(sk.roc_auc_score(truth, p, multi_class="ovr"))
     assert ours.ranking.melanoma_auc.value == pytest.approx(sk.roc_auc_score(truth == MELANOMA, p[:, MELANOMA]))
