@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from PIL import Image
 
 from dermaflow import storage
 from dermaflow.datasets.synthetic.generate import generate
+from dermaflow.preparation.layout import read_manifest
 from dermaflow.preparation.prepare import Prepared, prepare
 
 METADATA = "HAM10000_metadata.csv"
@@ -47,6 +50,24 @@ def noise(seed: int, height: int = 48, width: int = 64) -> np.ndarray:
     """uint8 [height, width, 3]: smooth noise, so that JPEG keeps it."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def jpeg(picture: np.ndarray) -> bytes:
+    """A picture, uint8 [H, W, 3], as a file."""
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def rows_of(out: Path) -> pd.DataFrame:
+    """Every row of every shard that the manifest names."""
+    tables = [pq.read_table(out / shard.path).to_pandas() for shard in read_manifest(out).shards]
+    return pd.concat(tables).sort_values("image_id", ignore_index=True)
+
+
+def content(out: Path, *, without: str = "inspection.parquet") -> dict[str, str]:
+    """SHA-256 of every file; the times in the inspection table are those of the archive's files."""
+    return {name: sha256 for name, (_, sha256) in snapshot(out).items() if name != without}
 
 
 def prepare_here(data: Path, out: str | Path, **choices: object) -> Prepared:

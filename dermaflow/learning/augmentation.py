@@ -57,8 +57,10 @@ def augment(
     planes = pixels.permute(0, 3, 1, 2).float()
     planes = _move(planes, config, generator, size or (pixels.shape[1], pixels.shape[2]))
     planes = _recolour(planes, config, generator)
-    if config.sharpness or config.noise:
-        planes = _resharpen(planes, config, generator)
+    if config.sharpness:
+        planes = _resharpen(planes, config.sharpness, generator)
+    if config.noise:
+        planes = _add_noise(planes, config.noise, generator)
     if config.erase:
         planes = _erase(planes, config.erase, generator)
     return planes.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
@@ -104,14 +106,18 @@ def _recolour(planes: torch.Tensor, config: AugmentConfig, generator: torch.Gene
     return torch.baddbmm(offset, matrix, planes.flatten(2)).view_as(planes)
 
 
-def _resharpen(planes: torch.Tensor, config: AugmentConfig, generator: torch.Generator) -> torch.Tensor:
-    """Soften or sharpen by an unsharp mask, then add noise: as lenses, sensors and copies at other sizes differ."""
-    count = len(planes)
-    amount = _uniform((count, 1, 1, 1), -config.sharpness, config.sharpness, generator).to(planes.device)
+def _resharpen(planes: torch.Tensor, most: float, generator: torch.Generator) -> torch.Tensor:
+    """Soften or sharpen by an unsharp mask, as lenses and copies at other sizes differ."""
+    amount = _uniform((len(planes), 1, 1, 1), -most, most, generator).to(planes.device)
     around = functional.avg_pool2d(functional.pad(planes, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    deviation = _uniform((count, 1, 1, 1), 0, config.noise, generator)
-    noise = torch.randn((count, 1, *planes.shape[2:]), generator=generator).mul_(deviation).to(planes.device)
-    return planes.lerp(around, -amount).add_(noise)
+    return planes.lerp(around, -amount)
+
+
+def _add_noise(planes: torch.Tensor, most: float, generator: torch.Generator) -> torch.Tensor:
+    """The same grey noise in all colours, of a standard deviation of up to `most`, as sensors differ."""
+    deviation = _uniform((len(planes), 1, 1, 1), 0, most, generator)
+    noise = torch.randn((len(planes), 1, *planes.shape[2:]), generator=generator).mul_(deviation)
+    return planes.add(noise.to(planes.device))
 
 
 def _erase(planes: torch.Tensor, chance: float, generator: torch.Generator) -> torch.Tensor:
