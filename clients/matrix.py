@@ -195,7 +195,7 @@ class _Work:
         tests = {}
         for site in self.sites:
             data = SiteData(site, self.shards, self.partition)
-            pixels, labels = data.pixels("test", spec.height, spec.width), data.labels("test")
+            pixels, labels = data.pixels("test", spec.height, spec.width, spec.copies), data.labels("test")
             found = predict(network, pixels, spec)[0].argmax(1) if len(labels) else labels
             tests[site] = count_test(
                 labels, found, data.metadata("test")["lesion_id"].to_numpy(), seed=self.seed, resamples=self.resamples

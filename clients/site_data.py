@@ -11,6 +11,7 @@ import pandas as pd
 from clients.partition import POOLED, site_names, site_of_lesions
 from dermaflow.learning.local import class_counts
 from dermaflow.preparation.reading import ShardFolder, labels_of
+from dermaflow.schemas.bundle import Copies
 from dermaflow.schemas.shard import SPLITS, Split
 from dermaflow.settings import settings
 
@@ -40,9 +41,9 @@ class SiteData:
         """Class indices, int64 [N]."""
         return labels_of(self.metadata(split)["dx"])
 
-    def pixels(self, split: Split, height: int, width: int) -> np.ndarray:
-        """Pixels, uint8 [N, height, width, 3], in the order of `metadata`."""
-        whole = _pixels(self.shards, split, height, width)
+    def pixels(self, split: Split, height: int, width: int, copies: Copies | None = None) -> np.ndarray:
+        """Pixels, uint8 [N, height, width, 3], in the order of `metadata`; `copies` is that of a finished model."""
+        whole = _pixels(self.shards, split, height, width, copies)
         mine = self._mine(split)
         return whole if mine.all() else whole[mine]
 
@@ -88,5 +89,5 @@ def _sites(shards: str, partition: str, seed: int) -> dict[Split, pd.Series]:
 
 
 @lru_cache(maxsize=6)
-def _pixels(shards: str, split: Split, height: int, width: int) -> np.ndarray:
-    return ShardFolder(shards).pixels(split, height, width, threads=settings().threads)
+def _pixels(shards: str, split: Split, height: int, width: int, copies: Copies | None) -> np.ndarray:
+    return ShardFolder(shards).pixels(split, height, width, copies, threads=settings().threads)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import Image
+from PIL.JpegImagePlugin import get_sampling
 
 from dermaflow.errors import DataError
 
@@ -17,6 +19,8 @@ MAX_PIXELS = 60_000_000
 MAX_BYTES = 64 << 20
 """Largest encoded image read, in bytes."""
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+_CHROMA_420 = 2  # as Pillow numbers it
+_LONGEST_SIDE = 65_500  # pixels of a JPEG, by libjpeg
 
 Reason = Literal["empty", "too_many_bytes", "too_many_pixels", "not_an_image", "truncated"]
 
@@ -79,6 +83,53 @@ def decode(data: bytes, min_height: int, min_width: int) -> np.ndarray:
                 raise ImageProblem("truncated", f"cut short: {error}") from error
             # Rare colour spaces (CMYK) are Pillow's; a damaged file fails there too.
     return _decode_with_pillow(data)
+
+
+def small_copy(data: bytes, height: int, width: int, quality: int) -> bytes:
+    """A JPEG copy as archives of thumbnails hold them: bicubic, 4:2:0, by Pillow.
+
+    Args:
+        data: Encoded image.
+        height: Least height of the copy in pixels; its shape stays.
+        width: Least width.
+        quality: Of libjpeg, 1 to 100.
+
+    Returns:
+        The copy; an image that is no larger, or too long for a JPEG, comes back as it is.
+
+    Raises:
+        ImageProblem: Empty, too large, no image, or cut short.
+    """
+    found_width, found_height = dimensions(data)
+    scale = max(height / found_height, width / found_width)
+    size = (round(found_width * scale), round(found_height * scale))
+    if scale >= 1 or max(size) > _LONGEST_SIDE:
+        return data
+    image = Image.fromarray(decode(data, 3 * height, 3 * width))  # libjpeg shrinks by another filter: leave it little
+    copy = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(copy, "JPEG", quality=quality)
+    return copy.getvalue()
+
+
+def jpeg_quality(data: bytes) -> int | None:
+    """The quality, 1 to 100, at which Pillow quantises brightness like this 4:2:0 JPEG; None for others."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            if get_sampling(image) != _CHROMA_420:
+                return None
+            return _qualities().get(tuple(image.quantization[0]))  # type: ignore[attr-defined]
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+@cache
+def _qualities() -> dict[tuple[int, ...], int]:
+    found = {}
+    for quality in range(1, 101):
+        stream = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(stream, "JPEG", quality=quality)
+        found[tuple(Image.open(stream).quantization[0])] = quality  # type: ignore[attr-defined]
+    return found
 
 
 def dimensions(data: bytes) -> tuple[int, int]:

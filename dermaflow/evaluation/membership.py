@@ -118,7 +118,7 @@ def attack_model(
     network, spec = network_of(loaded).to(pick_device()), loaded.bundle.input
     parts = []
     for split in ("train", "test"):
-        pixels = folder.pixels(split, spec.height, spec.width, threads=settings().threads)
+        pixels = folder.pixels(split, spec.height, spec.width, spec.copies, threads=settings().threads)
         frame = folder.metadata(split)
         one_view = spec.model_copy(update={"views": 1})  # what training saw, but for augmentation
         logits, _ = predict(network, pixels, one_view, progress=lambda done, total, s=split: progress(s, done, total))  # type: ignore[misc]

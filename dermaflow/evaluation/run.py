@@ -100,7 +100,7 @@ def predict_test(loaded: LoadedBundle, folder: ShardFolder, progress: Callable[[
     assert calibration is not None  # checked by the caller
     spec = bundle.input
     pixels = folder.pixels(
-        "test", spec.height, spec.width, threads=settings().threads,
+        "test", spec.height, spec.width, spec.copies, threads=settings().threads,
         progress=lambda done, total: progress("decode", done, total),
     )  # fmt: skip
     table = folder.metadata("test")

@@ -67,6 +67,8 @@ def calibrate_and_save(
     The features of the training split, which new images are compared with, come from one view of each image even if the
     model looks at four: they are three quarters of the work, and every later image is compared in the same way.
 
+    Where these are the shards that it was trained from, it is noted how their images are stored (`ShardFolder.copies`).
+
     Args:
         network: Trained.
         bundle: What it is, without calibration.
@@ -81,6 +83,8 @@ def calibrate_and_save(
         if not folder.manifest.counts[split]:
             raise DataError(f"no {split} image", where=folder.uri, todo="prepare a larger data set")
     network = network.to(device=pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if bundle.training.data_hash == folder.manifest.data_hash:
+        bundle = bundle.model_copy(update={"input": bundle.input.model_copy(update={"copies": folder.copies()})})
     spec = bundle.input
     log.info("calibrating on %d images", sum(folder.manifest.counts["calibration"].values()))
     logits, features = _predict(network, spec, folder, "calibration", progress)
@@ -100,7 +104,7 @@ def _predict(
     network: Network, spec: InputSpec, folder: ShardFolder, split: Split, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits and features of a split."""
-    pixels = folder.pixels(split, spec.height, spec.width, threads=settings().threads)
+    pixels = folder.pixels(split, spec.height, spec.width, spec.copies, threads=settings().threads)
     return predict(network, pixels, spec, progress=lambda done, total: progress(split, done, total))
 
 

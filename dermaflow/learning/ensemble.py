@@ -18,7 +18,7 @@ from dermaflow.learning.backbones import JOIN, Bodies, Network
 from dermaflow.learning.calibration import Progress, calibrate_and_save, silent
 from dermaflow.learning.inference import network_of
 from dermaflow.preparation.reading import ShardFolder
-from dermaflow.schemas.bundle import Bundle
+from dermaflow.schemas.bundle import Bundle, InputSpec
 
 
 def join_models(
@@ -109,9 +109,13 @@ def _check(models: Mapping[str, LoadedBundle], data_hash: str) -> None:
                 expected=f"the shards ({data_hash[:12]}): a lesion that one member knows must be in nobody's test",
                 todo="train it from these shards",
             )  # fmt: skip
-        if bundle.input != first.input:
+        if _size(bundle) != _size(first):
             raise BundleError(
                 f"sees {bundle.input.height}x{bundle.input.width} pixels, {bundle.input.views} views", where=name,
                 expected=f"{first.input.height}x{first.input.width}, {first.input.views}, as the first",
                 todo="train the members with the same `input`",
             )  # fmt: skip
+
+
+def _size(bundle: Bundle) -> InputSpec:
+    return bundle.input.model_copy(update={"copies": None})  # bundles of before do not know; `calibrate_and_save` looks

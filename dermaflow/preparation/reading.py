@@ -15,11 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dermaflow import storage
+from dermaflow.datasets.images import jpeg_quality
 from dermaflow.errors import DataError, ShardError
 from dermaflow.preparation.layout import read_lesions, read_manifest
 from dermaflow.preparation.transforms import pixel_batch
+from dermaflow.schemas.bundle import Copies
 from dermaflow.schemas.shard import SHARD_SCHEMA, Manifest, ShardFile, Split
 from dermaflow.taxonomy import INDEX
+
+FEW_TRACES = 90
+"""From this JPEG quality on, a copy is taken to be as good as its original."""
 
 _METADATA = [name for name in SHARD_SCHEMA.names if name != "image"]
 
@@ -148,30 +153,49 @@ class ShardFolder:
                 if wanted is None or image_id in wanted:
                     yield image_id, data.as_py()
 
+    def copies(self) -> Copies | None:
+        """How the training images are stored, if all are small JPEG copies alike.
+
+        Sizes are those of all training images; the quality is looked up in the first of each row group.
+        """
+        sizes = self.metadata("train")[["height", "width"]].drop_duplicates()
+        first = (group.read(["image"])["image"][0].as_py() for group in self.row_groups("train"))
+        if len(sizes) != 1 or len(qualities := {jpeg_quality(data) for data in first}) != 1:
+            return None
+        quality = qualities.pop()
+        if quality is None or quality >= FEW_TRACES:
+            return None
+        return Copies(height=int(sizes["height"].iloc[0]), width=int(sizes["width"].iloc[0]), quality=quality)
+
     def pixels(
-        self, split: Split, height: int, width: int, *, threads: int = 1,
+        self, split: Split, height: int, width: int, copies: Copies | None = None, *, threads: int = 1,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> np.ndarray:  # fmt: skip
-        """Decode a whole split into memory: uint8 [N, height, width, 3], rows in the order of `metadata`."""
+        """Decode a whole split into memory: uint8 [N, height, width, 3], rows in the order of `metadata`.
+
+        `copies` is that of a finished model (`transforms.pixels`).
+        """
         groups = self.row_groups(split)
         batch = np.empty((sum(group.rows for group in groups), height, width, 3), np.uint8)
         ends = np.cumsum([group.rows for group in groups])
         with ThreadPoolExecutor(threads) as pool:
-            decoded = pool.map(lambda group: decode_group(group, height, width)[0], groups)
+            decoded = pool.map(lambda group: decode_group(group, height, width, copies)[0], groups)
             for end, part in zip(ends, decoded, strict=True):
                 batch[end - len(part) : end] = part
                 progress(int(end), len(batch))
         return batch
 
 
-def decode_group(group: RowGroup, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def decode_group(
+    group: RowGroup, height: int, width: int, copies: Copies | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Read and decode one row group.
 
     Returns:
         Pixels, uint8 [N, height, width, 3], and class indices, int64 [N].
     """
     table = group.read(["image", "dx"])
-    return pixel_batch(table["image"].to_pylist(), height, width), labels_of(table["dx"].to_pylist())
+    return pixel_batch(table["image"].to_pylist(), height, width, copies), labels_of(table["dx"].to_pylist())
 
 
 def labels_of(diagnoses: Iterable[str]) -> np.ndarray:

@@ -9,21 +9,22 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from dermaflow.datasets.images import decode
-from dermaflow.schemas.bundle import InputSpec
+from dermaflow.datasets.images import decode, small_copy
+from dermaflow.schemas.bundle import Copies, InputSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """RGB statistics that torchvision's weights were trained with."""
 
 
-def pixels(data: bytes, height: int, width: int) -> np.ndarray:
+def pixels(data: bytes, height: int, width: int, copies: Copies | None = None) -> np.ndarray:
     """Decode an image and bring it to size: scaled to cover, centre cropped, never distorted.
 
     Args:
         data: Encoded image.
         height: Height in pixels.
         width: Width in pixels.
+        copies: What the network learnt from: a larger image is copied likewise first.
 
     Returns:
         uint8 array [height, width, 3], RGB.
@@ -31,6 +32,8 @@ def pixels(data: bytes, height: int, width: int) -> np.ndarray:
     Raises:
         ImageProblem: The bytes are no readable image.
     """
+    if copies is not None:
+        data = small_copy(data, copies.height, copies.width, copies.quality)
     image = decode(data, height, width)
     found_height, found_width = image.shape[:2]
     scale = min(found_height / height, found_width / width)
@@ -45,11 +48,11 @@ def pixels(data: bytes, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def pixel_batch(images: Sequence[bytes], height: int, width: int) -> np.ndarray:
+def pixel_batch(images: Sequence[bytes], height: int, width: int, copies: Copies | None = None) -> np.ndarray:
     """`pixels` of several images: uint8 array [N, height, width, 3]."""
     batch = np.empty((len(images), height, width, 3), np.uint8)
     for place, data in zip(batch, images, strict=True):
-        place[:] = pixels(data, height, width)
+        place[:] = pixels(data, height, width, copies)
     return batch
 
 

@@ -29,6 +29,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
 
 
+class Copies(_Strict):
+    """How the training images were stored: small JPEGs of one size (pixels) and one quality (of libjpeg, 1 to 100)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    height: int
+    width: int
+    quality: int
+
+
 class InputSpec(_Strict):
     """How an image becomes the network's input."""
 
@@ -37,6 +47,7 @@ class InputSpec(_Strict):
     mean: tuple[float, float, float]  # of RGB in [0, 1]
     std: tuple[float, float, float]
     views: Literal[1, 4] = 1  # 4: logits are the mean over the image and its flips
+    copies: Copies | None = None  # a larger image is first copied likewise: the network knows the traces of JPEG
 
 
 class OperatingPoint(_Strict):

@@ -16,7 +16,7 @@ from dermaflow.errors import BundleError, DataError
 from dermaflow.learning.inference import network_of
 from dermaflow.learning.optimisation import pick_device
 from dermaflow.preparation.transforms import pixels
-from dermaflow.schemas.bundle import Calibration
+from dermaflow.schemas.bundle import Calibration, InputSpec
 from dermaflow.schemas.finding import Finding
 from dermaflow.scoring.runtime import make_runtime
 from dermaflow.settings import settings
@@ -102,7 +102,7 @@ class Predictor:
         """What network and gate say of encoded images, with nothing withheld."""
         spec = self.loaded.bundle.input
         with ThreadPoolExecutor(self._readers) as pool:
-            read = list(pool.map(lambda data: _read(data, spec.height, spec.width), images))
+            read = list(pool.map(lambda data: _read(data, spec), images))
         good = np.array([not isinstance(found, ImageProblem) for found in read], dtype=bool)
         p, ood = np.full((len(read), len(CODES)), np.nan), np.full(len(read), np.nan, np.float32)
         if good.any():
@@ -128,9 +128,9 @@ def image_flags(data: bytes) -> list[Flag]:
     return quality_flags(decode(data, HEIGHT, WIDTH))
 
 
-def _read(data: bytes, height: int, width: int) -> tuple[np.ndarray, list[Flag]] | ImageProblem:
+def _read(data: bytes, spec: InputSpec) -> tuple[np.ndarray, list[Flag]] | ImageProblem:
     try:
-        return pixels(data, height, width), image_flags(data)
+        return pixels(data, spec.height, spec.width, spec.copies), image_flags(data)
     except ImageProblem as problem:
         return problem
 

@@ -91,7 +91,7 @@ def explain(
         return Explanation(finding)
     bundle, reference = predictor.loaded.bundle, predictor.loaded.reference
     code = asked or str(finding.prediction)
-    seen = pixels(image, bundle.input.height, bundle.input.width)
+    seen = pixels(image, bundle.input.height, bundle.input.width, bundle.input.copies)
     heat = grad_cam(predictor.network, bundle.backbone, seen, bundle.input, INDEX[code])
     _, features = predict(predictor.network, seen[None], bundle.input)
     width = round(OVERLAY_HEIGHT * bundle.input.width / bundle.input.height)

@@ -1,0 +1,127 @@
+"""A network that learnt from small JPEG copies is shown larger images as such copies, and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_bundle import a_bundle
+from tiny_data import draw, image_files, noise, prepare_here
+
+from dermaflow.bundles.bundle import load_bundle
+from dermaflow.datasets.images import ImageProblem, dimensions, jpeg_quality, small_copy
+from dermaflow.learning.backbones import BackboneConfig, build
+from dermaflow.learning.calibration import calibrate_and_save, recalibrate
+from dermaflow.preparation.reading import ShardFolder
+from dermaflow.preparation.transforms import pixels
+from dermaflow.schemas.bundle import Copies
+from dermaflow.scoring.predictor import Predictor
+
+COPIES = Copies(height=48, width=64, quality=75)
+
+
+def encode(picture: np.ndarray, kind: str = "JPEG", **choices: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, kind, **choices)
+    return stream.getvalue()
+
+
+def original(seed: int, height: int = 480, width: int = 640) -> np.ndarray:
+    """Smooth, with structure that a copy loses."""
+    fine = np.random.default_rng(seed).normal(0, 12, (height, width, 1))
+    return np.clip(noise(seed, height, width) + fine, 0, 255).astype(np.uint8)
+
+
+def copy_by_hand(picture: np.ndarray) -> bytes:
+    small = Image.fromarray(picture).resize((COPIES.width, COPIES.height), Image.Resampling.BICUBIC)
+    return encode(np.asarray(small), quality=COPIES.quality)
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    data = draw(tmp_path / "data")
+    for seed, path in enumerate(image_files(data).values()):
+        path.write_bytes(copy_by_hand(original(seed)))
+    return data
+
+
+@pytest.mark.parametrize("quality", [1, 30, 75, 89, 95, 100])
+def test_the_quality_of_a_jpeg_is_read_from_it(quality: int) -> None:
+    assert jpeg_quality(encode(noise(0), quality=quality)) == quality
+
+
+def test_what_is_no_plain_copy_has_no_quality() -> None:
+    full_chroma, grey = encode(noise(0), quality=75, subsampling=0), encode(noise(0)[:, :, 0])
+    assert [jpeg_quality(data) for data in (encode(noise(0), "PNG"), full_chroma, grey, b"", b"no")] == [None] * 5
+
+
+def test_a_larger_image_is_seen_as_its_copy_is() -> None:
+    picture = original(3)
+    seen = pixels(copy_by_hand(picture), 36, 48).astype(float)
+    assert np.array_equal(pixels(encode(picture, "PNG"), 36, 48, COPIES), seen)
+    fine_jpeg = encode(picture, quality=98)
+    assert np.abs(pixels(fine_jpeg, 36, 48, COPIES) - seen).mean() < 1, "of 255"
+    assert np.abs(pixels(fine_jpeg, 36, 48) - seen).mean() > 4
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (20, 30), (48, 900), (900, 64)])
+def test_an_image_that_is_no_larger_stays_as_it_is(height: int, width: int) -> None:
+    data = encode(noise(0, height, width), quality=95)
+    assert small_copy(data, 48, 64, 75) == data
+
+
+def test_an_image_too_long_for_a_jpeg_stays_as_it_is() -> None:
+    strip = encode(np.zeros((50, 70_000, 3), np.uint8), "PNG")
+    assert small_copy(strip, 48, 64, 75) == strip
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(480, 640, (64, 48)), (640, 480, (64, 85)), (200, 900, (216, 48))]
+)
+def test_a_copy_keeps_the_shape_and_covers_the_size(height: int, width: int, expected: tuple[int, int]) -> None:
+    assert dimensions(small_copy(encode(noise(0, height, width)), 48, 64, 75)) == expected
+
+
+def test_an_image_that_is_none_is_told_as_ever() -> None:
+    with pytest.raises(ImageProblem):
+        pixels(b"no image", 36, 48, COPIES)
+
+
+def test_shards_say_how_their_images_are_stored(archive: Path, tmp_path: Path) -> None:
+    prepare_here(archive, tmp_path / "copies")
+    assert ShardFolder(tmp_path / "copies").copies() == COPIES
+    for number, path in enumerate(image_files(archive).values()):
+        if number % 2:
+            path.write_bytes(encode(original(number)))  # the archive has grown by originals
+    prepare_here(archive, tmp_path / "mixed")
+    assert ShardFolder(tmp_path / "mixed").copies() is None
+    prepare_here(draw(tmp_path / "fine"), tmp_path / "good")  # JPEG of quality 90
+    assert ShardFolder(tmp_path / "good").copies() is None
+
+
+def test_a_model_remembers_it_and_answers_for_an_original_as_for_its_copy(archive: Path, tmp_path: Path) -> None:
+    prepare_here(archive, tmp_path / "shards")
+    shards = ShardFolder(tmp_path / "shards")
+    bundle = a_bundle()
+    bundle = bundle.model_copy(
+        update={"training": bundle.training.model_copy(update={"data_hash": shards.manifest.data_hash})}
+    )
+    calibrate_and_save(build(BackboneConfig(name="seed_cnn")), bundle, shards, tmp_path / "model")
+    model = load_bundle(tmp_path / "model")
+    assert model.bundle.input.copies == COPIES
+    forgetful = dataclasses.replace(
+        model,
+        bundle=model.bundle.model_copy(update={"input": model.bundle.input.model_copy(update={"copies": None})}),
+    )
+    pictures = [original(1000 + seed) for seed in range(8)]
+    copies, originals = [copy_by_hand(each) for each in pictures], [encode(each, quality=98) for each in pictures]
+    reference = Predictor(model).answer(copies).p
+    apart = np.abs(Predictor(model).answer(originals).p - reference).max()
+    assert apart < np.abs(Predictor(forgetful).answer(originals).p - reference).max() / 3
+
+    prepare_here(draw(tmp_path / "own", seed=7), tmp_path / "site")
+    assert recalibrate(tmp_path / "model", str(tmp_path / "site"), tmp_path / "at-site").bundle.input.copies == COPIES
