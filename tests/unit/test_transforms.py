@@ -134,7 +134,5 @@ def test_training_evaluation_and_scoring_see_the_same_pixels(tmp_path: Path, mon
     seen.clear()
     predict(network, batch, recipe.input_spec)
     predicted = torch.cat(seen)
-    torch.testing.assert_close(
-        in_training, predicted, rtol=0, atol=0.03
-    )  # the resampling grid rounds to a level of 255
+    torch.testing.assert_close(in_training, predicted, rtol=0, atol=0.03)  # the grid rounds to a level of 255
     assert (in_training == predicted).double().mean() > 0.99
