@@ -2,23 +2,29 @@
 
     python bench/copies.py --shards SHARDS --originals FOLDER --model MODEL [--model MODEL ...]
 
-Each original (named by its image id) is asked beside its copy in the shards. Agreement, the change of the probabilities
-and refusals are of all images; accuracy and log loss only of those that no network learnt from. Intervals: 95 % lesion
-bootstrap, 1,000 resamples, seed 0; of differences in the same resamples.
+Each original (named by its image id) is asked beside its copy in the shards: as it is, in the size of the copy but
+without JPEG, as a copy made with another filter, and as DermaFlow makes a copy (`InputSpec.copies`). Agreement and
+refusals are of all images; accuracy and log loss only of those that no network learnt from. Intervals: 95 % lesion
+bootstrap, 1,000 resamples, seed 0; of differences from the copies in the same resamples.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from rounds import machine
 
-from dermaflow.bundles.bundle import load_bundle
+from dermaflow.bundles.bundle import LoadedBundle, load_bundle
+from dermaflow.datasets.images import small_copy
 from dermaflow.evaluation.intervals import lesion_weights
 from dermaflow.preparation.reading import ShardFolder, labels_of
+from dermaflow.schemas.bundle import Copies
 from dermaflow.scoring.predictor import Predictor
 
 RESAMPLES = 1000
@@ -26,6 +32,9 @@ RESAMPLES = 1000
 
 def main(models: list[str], shards: str, originals: Path) -> None:
     folder = ShardFolder(shards)
+    stored = folder.copies()
+    if stored is None:
+        raise SystemExit(f"{shards}: the images are no small JPEG copies alike")
     files = {path.stem: path.read_bytes() for path in sorted(originals.iterdir())}
     known, copies = [], {}
     for split in ("train", "calibration", "test"):
@@ -33,32 +42,59 @@ def main(models: list[str], shards: str, originals: Path) -> None:
         known.append(meta[meta["image_id"].isin(files)].assign(split=split))
         copies |= dict(folder.images(split, set(known[-1]["image_id"])))
     images = pd.concat(known, ignore_index=True)
-    unseen = (images["split"] != "train").to_numpy()
+    ways = {
+        "copies of the shards": copies,
+        "originals as they are": files,
+        "bicubic, no JPEG": {
+            name: resized(data, stored, Image.Resampling.BICUBIC, "PNG") for name, data in files.items()
+        },
+        "box filter, JPEG": {name: resized(data, stored, Image.Resampling.BOX, "JPEG") for name, data in files.items()},
+        "copies by DermaFlow": {
+            name: small_copy(data, stored.height, stored.width, stored.quality) for name, data in files.items()
+        },
+    }
+    unseen, everything = (images["split"] != "train").to_numpy(), np.ones(len(images), bool)
     lesions = images["lesion_id"].to_numpy(str)
     weights = np.vstack([np.ones(len(lesions)), lesion_weights(lesions, RESAMPLES, np.random.default_rng(0))])
     labels = labels_of(images["dx"])
-    print(f"{machine()}\n{len(images)} originals, {unseen.sum()} of them not trained on")
-    print(f"data {folder.manifest.data_hash[:12]}")
-    print("\n| model | figure | of | copies | originals | originals less copies |\n|---|---|---|---|---|---|")
+    print(f"{machine()}\n{len(images)} originals, {unseen.sum()} of them not trained on; copies: {stored}")
+    print(f"data {folder.manifest.data_hash[:12]}\n\ndifferences are from the copies of the shards")
+    print("\n| model | images | accuracy | log loss | difference | refused | difference | same diagnosis |")
+    print("|---|---|---|---|---|---|---|---|")
 
-    def say(name: str, figure: str, of: np.ndarray, *found: np.ndarray) -> None:
-        means = [(weights[:, of] @ each[of]) / weights[:, of].sum(1) for each in found]
-        cells = [interval(mean) for mean in means]
-        cells = [*cells, interval(means[1] - means[0])] if len(cells) == 2 else ["", *cells, ""]
-        print(f"| {name} | {figure} | {of.sum()} | " + " | ".join(cells) + " |", flush=True)
+    def mean(values: np.ndarray, of: np.ndarray) -> np.ndarray:
+        return (weights[:, of] @ values[of]) / weights[:, of].sum(1)
 
     for model in models:
         loaded = load_bundle(model)
-        predictor = Predictor(loaded)
+        predictor = Predictor(as_they_come(loaded))
         limit = np.inf if predictor.calibration.ood is None else predictor.calibration.ood.threshold
-        answers = [predictor.answer([source[name] for name in images["image_id"]]) for source in (copies, files)]
-        p, q = (each.p for each in answers)
-        name, everything = f"{Path(model).name} {loaded.sha256[:8]}", np.ones(len(images), bool)
-        say(name, "accuracy", unseen, *((each.argmax(1) == labels) * 1.0 for each in (p, q)))
-        say(name, "log loss", unseen, *(-np.log(each[np.arange(len(labels)), labels]) for each in (p, q)))
-        say(name, "refused", everything, *(np.array([bool(f) for f in a.flags]) | (a.ood > limit) for a in answers))
-        say(name, "same diagnosis", everything, (p.argmax(1) == q.argmax(1)) * 1.0)
-        say(name, "largest change of a probability", everything, np.abs(p - q).max(1))
+        first: tuple[np.ndarray, ...] = ()
+        for way, content in ways.items():
+            found = predictor.answer([content[name] for name in images["image_id"]])
+            loss = mean(-np.log(found.p[np.arange(len(labels)), labels]), unseen)
+            refused = mean(np.array([bool(flags) for flags in found.flags]) | (found.ood > limit), everything)
+            called = found.p.argmax(1)
+            first = first or (loss, refused, called)
+            cells = [
+                mean((called == labels) * 1.0, unseen), loss, loss - first[0], refused, refused - first[1],
+                mean((called == first[2]) * 1.0, everything),
+            ]  # fmt: skip
+            print(f"| {Path(model).name} | {way} | " + " | ".join(interval(cell) for cell in cells) + " |", flush=True)
+
+
+def as_they_come(loaded: LoadedBundle) -> LoadedBundle:
+    """The model, without copies made of what it is given."""
+    spec = loaded.bundle.input.model_copy(update={"copies": None})
+    return dataclasses.replace(loaded, bundle=loaded.bundle.model_copy(update={"input": spec}))
+
+
+def resized(data: bytes, stored: Copies, how: Image.Resampling, kind: str) -> bytes:
+    """An original in the size of the copies."""
+    stream = io.BytesIO()
+    image = Image.open(io.BytesIO(data)).convert("RGB").resize((stored.width, stored.height), how)
+    image.save(stream, kind, quality=stored.quality)
+    return stream.getvalue()
 
 
 def interval(draws: np.ndarray) -> str:
