@@ -34,9 +34,9 @@ class Copies(_Strict):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    height: int
-    width: int
-    quality: int
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    quality: int = Field(ge=1, le=100)
 
 
 class InputSpec(_Strict):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from tiny_bundle import a_bundle
 from tiny_data import draw, image_files, noise, prepare_here
 
@@ -127,3 +128,9 @@ def test_a_model_remembers_it_and_answers_for_an_original_as_for_its_copy(archiv
 
     prepare_here(draw(tmp_path / "own", seed=7), tmp_path / "site")
     assert recalibrate(tmp_path / "model", str(tmp_path / "site"), tmp_path / "at-site").bundle.input.copies == COPIES
+
+
+@pytest.mark.parametrize("wrong", [{"height": 0}, {"width": -1}, {"quality": 0}, {"quality": 101}])
+def test_a_bundle_that_asks_for_impossible_copies_is_none(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValidationError):
+        Copies.model_validate(COPIES.model_dump() | wrong)
