@@ -212,7 +212,7 @@ def _start_runs(options: HubOptions) -> subprocess.Popen[bytes] | None:
     with (options.state / "runs.log").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "clients.hub", str(options.state), address, str(options.ca)],
-            env=environment(options.state / HOME) | {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "3"},
+            env=environment(options.state / HOME) | {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"},
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
