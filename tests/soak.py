@@ -99,7 +99,7 @@ class Soak:
                 held[name] = own.memory_full_info().pss / 1e6
                 for child in own.children(recursive=True) if name == "service" else ():
                     with contextlib.suppress(psutil.Error):
-                        title = child.cmdline()[0].split("/")[-1]
+                        title = (child.cmdline() or [child.name()])[0].split("/")[-1]  # one that just ended has none
                         held[f"service, {title}"] += child.memory_full_info().pss / 1e6
         held["service, all"] = sum(size for name, size in held.items() if name.startswith("service"))
         self.memory.append((seconds, dict(held)))
