@@ -52,10 +52,11 @@ def noise(seed: int, height: int = 48, width: int = 64) -> np.ndarray:
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def jpeg(picture: np.ndarray) -> bytes:
+def encode(picture: np.ndarray | Image.Image, kind: str = "JPEG", **choices: object) -> bytes:
     """A picture, uint8 [H, W, 3], as a file."""
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "JPEG")
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image.save(stream, kind, **choices)
     return stream.getvalue()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from tiny_bundle import a_bundle
-from tiny_data import draw, image_files, noise, prepare_here
+from tiny_data import draw, encode, image_files, noise, prepare_here
 
 from dermaflow.bundles.bundle import load_bundle
 from dermaflow.datasets.images import ImageProblem, dimensions, jpeg_quality, small_copy
@@ -24,12 +23,6 @@ from dermaflow.schemas.bundle import Copies
 from dermaflow.scoring.predictor import Predictor
 
 COPIES = Copies(height=48, width=64, quality=75)
-
-
-def encode(picture: np.ndarray, kind: str = "JPEG", **choices: object) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, kind, **choices)
-    return stream.getvalue()
 
 
 def original(seed: int, height: int = 480, width: int = 640) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image
-from tiny_data import noise
+from tiny_data import encode, noise
 
 from dermaflow.datasets import images
 from dermaflow.datasets.images import MAX_PIXELS, ImageProblem, decode, inspect_image
@@ -20,13 +20,6 @@ from dermaflow.storage import sha256
 
 RGB = noise(0)
 BOMB_SIDE = 20_000
-
-
-def encode(pixels: np.ndarray | Image.Image, kind: str = "JPEG", **choices: object) -> bytes:
-    stream = io.BytesIO()
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    image.save(stream, kind, **choices)
-    return stream.getvalue()
 
 
 def png(width: int, height: int, depth: int, colour: int, body: bytes) -> bytes:

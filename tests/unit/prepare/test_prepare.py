@@ -9,7 +9,18 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from tiny_data import METADATA, add_image, content, image_files, jpeg, metadata, noise, prepare_here, rows_of, snapshot
+from tiny_data import (
+    METADATA,
+    add_image,
+    content,
+    encode,
+    image_files,
+    metadata,
+    noise,
+    prepare_here,
+    rows_of,
+    snapshot,
+)
 
 from dermaflow import storage
 from dermaflow.datasets.ham10000 import HIDDEN_DUPLICATES
@@ -98,7 +109,7 @@ def test_a_second_run_changes_nothing(data: Path, out: Path) -> None:
 def test_one_image_more_reads_one_and_writes_one_shard(data: Path, out: Path) -> None:
     old = prepare_here(data, out).manifest
     before = snapshot(out)
-    add_image(data, {"image_id": "ISIC_0000001", "lesion_id": "HAM_0000001"}, jpeg(noise(1)))
+    add_image(data, {"image_id": "ISIC_0000001", "lesion_id": "HAM_0000001"}, encode(noise(1)))
     done = prepare_here(data, out)
     assert (done.inspected, done.written) == (1, 1)
     assert sum(sum(counts.values()) for counts in done.manifest.counts.values()) == 121
@@ -120,7 +131,7 @@ def test_an_image_of_a_known_lesion_joins_it(data: Path, out: Path) -> None:
         lesion = lesions.index[lesions["split"] == split][0]
         table = metadata(data)
         row = table[table["lesion_id"] == lesion].iloc[0].to_dict() | {"image_id": f"ISIC_000000{number}"}
-        add_image(data, row, jpeg(noise(number)))
+        add_image(data, row, encode(noise(number)))
     prepare_here(data, out)
     rows = rows_of(out).set_index("image_id")
     assert [rows.loc[f"ISIC_000000{number}", "split"] for number in range(3)] == list(SPLITS)
@@ -150,7 +161,7 @@ def test_a_hidden_duplicate_under_a_smaller_lesion_id_stays_in_test(data: Path, 
     table.replace({"image_id": {chosen: early}}).to_csv(data / METADATA, index=False)
     prepare_here(data, out)
     assert rows_of(out).set_index("image_id").loc[early, "split"] == "test"
-    add_image(data, row | {"image_id": late, "lesion_id": "HAM_0000000"}, jpeg(noise(2)))
+    add_image(data, row | {"image_id": late, "lesion_id": "HAM_0000000"}, encode(noise(2)))
     prepare_here(data, out)
     found = rows_of(out).set_index("image_id").loc[[early, late]]
     assert found["split"].tolist() == ["test", "test"]
@@ -185,7 +196,7 @@ def test_a_removed_image_is_no_longer_there(data: Path, out: Path) -> None:
 def test_a_changed_image_is_read_again(data: Path, out: Path) -> None:
     prepare_here(data, out)
     image_id, path = next(iter(image_files(data).items()))
-    path.write_bytes(jpeg(noise(7)))
+    path.write_bytes(encode(noise(7)))
     done = prepare_here(data, out)
     assert (done.inspected, done.written) == (1, 1)
     assert rows_of(out).set_index("image_id").loc[image_id, "image"] == path.read_bytes()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from tiny_data import content, image_files, jpeg, metadata, noise, prepare_here, rows_of, snapshot
+from tiny_data import content, encode, image_files, metadata, noise, prepare_here, rows_of, snapshot
 
 from dermaflow.errors import DataError, ShardError, StorageError
 from dermaflow.preparation import layout
@@ -38,7 +38,7 @@ def spoilt(data: Path) -> dict[str, str]:
     files[nevi[4]].symlink_to(data / "nowhere.jpg")
     melanoma = table[table["dx"] == "mel"]["image_id"].iloc[0]
     files[nevi[5]].write_bytes(files[melanoma].read_bytes())
-    (data / "HAM10000_images_part_1" / "ISIC_stray.jpg").write_bytes(jpeg(noise(9)))
+    (data / "HAM10000_images_part_1" / "ISIC_stray.jpg").write_bytes(encode(noise(9)))
     return {
         nevi[0]: "empty", nevi[1]: "truncated", nevi[2]: "not_an_image", nevi[3]: "no_image", nevi[4]: "unreadable",
         nevi[5]: "conflicting_diagnosis", melanoma: "conflicting_diagnosis", "ISIC_stray": "no_row",
@@ -57,7 +57,7 @@ def test_bad_items_are_set_apart_with_their_reason(data: Path, out: Path, spoilt
 def test_a_repaired_image_comes_back(data: Path, out: Path, spoilt: dict[str, str]) -> None:
     prepare_here(data, out)
     unreadable = next(image_id for image_id, reason in spoilt.items() if reason == "unreadable")
-    (data / "nowhere.jpg").write_bytes(jpeg(noise(8)))  # the link itself stays as it was
+    (data / "nowhere.jpg").write_bytes(encode(noise(8)))  # the link itself stays as it was
     prepare_here(data, out)
     assert unreadable in set(rows_of(out)["image_id"])
     assert unreadable not in pd.read_csv(out / QUARANTINE_NAME)["image_id"].tolist()
@@ -212,7 +212,7 @@ def test_an_image_that_changes_or_goes_meanwhile_is_named(
     path = next(iter(image_files(data).values()))
     plan = layout.plan_shards
     for change, message in (
-        (lambda: path.write_bytes(jpeg(noise(3))), "the image changed while it was being prepared"),
+        (lambda: path.write_bytes(encode(noise(3))), "the image changed while it was being prepared"),
         (path.unlink, "the image could be read no more: No such file"),
     ):
 
