@@ -47,11 +47,12 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
-    """The site's name, and how many images of each class each split has."""
+    """The site's name, how many images of each class each split has, and how they are stored."""
     order, site = _asked(message, context)
     counts = {name: np.array(value, np.int64) for name, value in site.data.counts().items()}
     if order.dp == "lesion":
         counts["train"] = privacy.lesion_counts(site, order, _budget(site, context)).astype(np.int64)
+    counts["copies"] = site.data.copies()
     return _answer(message, site, {name: Array(value) for name, value in counts.items()})
 
 

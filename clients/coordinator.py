@@ -35,7 +35,7 @@ from dermaflow.learning.backbones import Network, build
 from dermaflow.learning.linear_head import ABSENT, SCALES, ClassSums, discriminant_head
 from dermaflow.learning.optimisation import Scope
 from dermaflow.learning.train import versions
-from dermaflow.schemas.bundle import Calibration, Reference
+from dermaflow.schemas.bundle import Calibration, Copies, Reference
 from dermaflow.trust.ood import reference_of_sums
 from dermaflow.trust.pooled import CalibrationCounts, ScalingSums, calibration_of, fit_scaling
 
@@ -94,6 +94,7 @@ class Coordinator:
         counts = {_site_of(answer): array_of(answer, "train").tolist() for answer in described}
         data = {_site_of(answer): str(answer.content.config_records[CONFIG]["data"]) for answer in described}
         calibration_images = np.sum([array_of(answer, "calibration") for answer in described], axis=0)
+        copies = common_copies(described)
         most = max((sum(of_site) for of_site in counts.values()), default=0)
         self.order = self.order.model_copy(update={"most_images": most})
         if self.plan.weights_of == "all":
@@ -119,7 +120,8 @@ class Coordinator:
             "calibration": calibration.model_dump(mode="json") if calibration else None,
             "privacy": guarantee(self.plan, len(self.rounds)),
             "plan": self.plan.model_dump() | {"recipe": json.loads(self.plan.recipe)},
-            "counts": counts, "rounds": self.rounds, "sites": sites, "seconds": time.monotonic() - began,
+            "copies": copies.model_dump() if copies else None, "counts": counts,
+            "rounds": self.rounds, "sites": sites, "seconds": time.monotonic() - began,
             "training_sites": sorted(self.training.names.values()), "data": data, "versions": versions(),
             "asked": {name: self.asked.get(node, {}) for node, name in self.grid.names.items()},
             "started": self.started,
@@ -288,6 +290,15 @@ class Coordinator:
         parameters = np.append(np.log(calibration.temperature), calibration.bias)
         answers = self._ask(self.grid, "reliability", None, self.order, parameters=parameters)
         return {_site_of(a): {name: array_of(a, name).tolist() for name in ("bins", "error")} for a in answers}
+
+
+def common_copies(described: list[Message]) -> Copies | None:
+    """How the training images of all sites are stored, if all are small JPEG copies alike."""
+    found = {tuple(array_of(a, "copies").ravel().tolist()) for a in described if array_of(a, "train").any()}
+    if len(found) != 1 or not all(*found):
+        return None
+    height, width, quality = found.pop()
+    return Copies(height=height, width=width, quality=quality)
 
 
 def balanced_accuracy(confusion: np.ndarray) -> float:

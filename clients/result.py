@@ -23,7 +23,7 @@ from dermaflow.evaluation.crosssite import TestCounts, cell_of
 from dermaflow.evaluation.figures import Estimate
 from dermaflow.learning.recipe import load_recipe
 from dermaflow.preparation.reading import ShardFolder
-from dermaflow.schemas.bundle import Bundle, Calibration, FederationRecord, Reference, TrainingRecord
+from dermaflow.schemas.bundle import Bundle, Calibration, Copies, FederationRecord, Reference, TrainingRecord
 
 MODEL = "model"
 """Folder of the bundle within that of the run."""
@@ -122,8 +122,10 @@ def save_model(plan: Plan) -> Path:
             privacy=privacy,
         ),
     )  # fmt: skip
+    copies = Copies.model_validate(result["copies"]) if result["copies"] else None
     bundle = Bundle(
-        name=f"{recipe.name}-federated", backbone=recipe.backbone.name, input=recipe.input_spec,
+        name=f"{recipe.name}-federated", backbone=recipe.backbone.name,
+        input=recipe.input_spec.model_copy(update={"copies": copies}),
         dropout=recipe.backbone.dropout, train_priors=(counts / counts.sum()).tolist(), training=record,
         calibration=Calibration.model_validate(result["calibration"]) if result["calibration"] else None,
     )  # fmt: skip

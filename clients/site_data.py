@@ -51,6 +51,11 @@ class SiteData:
         """Images of each class in each split."""
         return {split: class_counts(self.labels(split)).tolist() for split in SPLITS}
 
+    def copies(self) -> np.ndarray:
+        """How the training images of the shards are stored: int64 [height, width, quality], zeros if not as copies."""
+        found = ShardFolder(self.shards).copies()
+        return np.array([found.height, found.width, found.quality] if found else [0, 0, 0], np.int64)
+
     @property
     def data_hash(self) -> str:
         """Of the shard folder."""

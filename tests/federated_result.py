@@ -68,7 +68,7 @@ def write_run(folder: Path, *, trained: list[str] = SITES, skill: float = 0.2, *
         )  # fmt: skip
     result = {
         "plan": plan.model_dump() | {"recipe": json.loads(plan.recipe)},
-        "counts": {site: [10 * (k + 1)] * 7 for k, site in enumerate(trained)},
+        "copies": None, "counts": {site: [10 * (k + 1)] * 7 for k, site in enumerate(trained)},
         "rounds": rounds, "sites": sites, "seconds": 245.0, "training_sites": sorted(trained),
         "data": {site: f"{k}a" * 32 for k, site in enumerate(trained)}, "versions": {"dermaflow": "0.1.0"},
         "asked": {site: {"received": 1.2e7, "sent": 3.4e6} for site in SITES}, "started": "2026-11-26T09:00:00+00:00",

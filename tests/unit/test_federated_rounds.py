@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from federation_here import SITES, a_plan, a_recipe, run_here, weights
-from flwr.app import Message
+from flwr.app import Array, Message
 from safetensors.numpy import load_file
-from tiny_data import tiny_shards
+from tiny_data import draw, encode, image_files, noise, prepare_here, tiny_shards
 
 from clients.coordinator import network_of_result
 from clients.memory import Memory
@@ -32,6 +32,7 @@ from dermaflow.learning.inference import predict
 from dermaflow.learning.linear_head import SCALES, discriminant_head
 from dermaflow.learning.local import memory_feed
 from dermaflow.preparation.balancing import BalanceConfig, balance
+from dermaflow.schemas.bundle import Copies
 from dermaflow.taxonomy import CODES
 from dermaflow.trust.ood import ood_score
 from dermaflow.trust.temperature import fit_temperature_and_bias
@@ -365,3 +366,22 @@ def test_the_bundle_is_calibrated_as_on_pooled_images(shards: Path, tmp_path: Pa
     far = ood_score(features, bundle.reference)
     assert (far <= calibration.ood.threshold).mean() >= 0.97
     assert calibration.images == len(logits) and sum(calibration.priors) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_the_model_knows_the_copies_that_all_sites_learnt_from(tmp_path: Path, agree: bool) -> None:
+    data = draw(tmp_path / "data")
+    for seed, path in enumerate(image_files(data).values()):
+        path.write_bytes(encode(noise(seed), quality=75))
+    prepare_here(data, tmp_path / "shards")
+
+    def another(node: str, asked: Message, reply: Message) -> Message:
+        if asked.metadata.message_type == "query.describe" and node == "101" and not agree:
+            other = Array(np.array([48, 64, 80], np.int64))
+            reply.content.array_records["arrays"]["copies"] = other
+        return reply
+
+    plan = a_plan(tmp_path / "shards", tmp_path / "out", rounds=1)
+    run_here(plan, spoil=another)
+    copies = load_bundle(save_model(plan)).bundle.input.copies
+    assert copies == (Copies(height=48, width=64, quality=75) if agree else None)
