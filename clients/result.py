@@ -122,7 +122,7 @@ def save_model(plan: Plan) -> Path:
             privacy=privacy,
         ),
     )  # fmt: skip
-    copies = Copies.model_validate(result["copies"]) if result["copies"] else None
+    copies = Copies.model_validate(result["copies"]) if result.get("copies") else None  # older runs do not say
     bundle = Bundle(
         name=f"{recipe.name}-federated", backbone=recipe.backbone.name,
         input=recipe.input_spec.model_copy(update={"copies": copies}),

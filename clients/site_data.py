@@ -53,7 +53,7 @@ class SiteData:
 
     def copies(self) -> np.ndarray:
         """How the training images of the shards are stored: int64 [height, width, quality], zeros if not as copies."""
-        found = ShardFolder(self.shards).copies()
+        found = _copies(self.shards)
         return np.array([found.height, found.width, found.quality] if found else [0, 0, 0], np.int64)
 
     @property
@@ -76,6 +76,11 @@ def simulated_sites(shards: str, partition: str) -> list[str]:
 def _metadata(shards: str) -> dict[Split, pd.DataFrame]:
     folder = ShardFolder(shards)
     return {split: folder.metadata(split) for split in SPLITS}
+
+
+@lru_cache(maxsize=4)
+def _copies(shards: str) -> Copies | None:
+    return ShardFolder(shards).copies()
 
 
 @lru_cache(maxsize=4)
