@@ -385,3 +385,11 @@ def test_the_model_knows_the_copies_that_all_sites_learnt_from(tmp_path: Path, a
     run_here(plan, spoil=another)
     copies = load_bundle(save_model(plan)).bundle.input.copies
     assert copies == (Copies(height=48, width=64, quality=75) if agree else None)
+
+
+def test_a_run_finished_by_an_older_version_becomes_a_model(shards: Path, tmp_path: Path) -> None:
+    plan = a_plan(shards, tmp_path, rounds=1)
+    result, _ = run_here(plan)
+    del result["copies"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert load_bundle(save_model(plan)).bundle.input.copies is None
