@@ -119,6 +119,9 @@ def run(
     for record in result["rounds"]:
         for name, reason in record["failed"].items():
             console.print(f"round {record['round']}: without {name}: {reason}", markup=False)
+    for question, reasons in result["unanswered"].items():
+        for name, reason in reasons.items():
+            console.print(f"{question}: without {name}: {reason}", markup=False)
     if given := result["privacy"]:
         console.print(
             f"differential privacy of {given['unit']}: epsilon {given['epsilon']:.2f} at delta {given['delta']:g}"

@@ -20,6 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from safetensors.numpy import load_file, save
 
+from clients.answers import check_answer, copies_of
 from clients.grid import SiteGrid
 from clients.messages import CONFIG, array_of, content_bytes, order_record
 from clients.plan import Order, Plan
@@ -78,7 +79,8 @@ class Coordinator:
         self.rounds = read_rounds(self.out)
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.asked: dict[int, dict[str, int]] = {}  # bytes of questions beside the rounds, by node
-        self._failed: Callable[[dict[str, str]], None] = lambda reasons: log.warning("no answer: %s", reasons)
+        self.unanswered: dict[str, dict[str, str]] = {}  # why, by question beside the rounds and by site
+        self._failed: Callable[[dict[str, str]], None] = lambda reasons: self._left_out("online", reasons)
         self.grid = self._find_sites(grid)
         chosen = plan.only.split(",") if plan.only else list(self.grid.names.values())
         self.training = self._grid_of(
@@ -91,8 +93,9 @@ class Coordinator:
         """Everything; what an earlier process of the same run finished is not done again."""
         began = time.monotonic()
         described = self._ask(self.training, "describe", None, self.order)
-        counts = {_site_of(answer): array_of(answer, "train").tolist() for answer in described}
-        data = {_site_of(answer): str(answer.content.config_records[CONFIG]["data"]) for answer in described}
+        self._enough("describe")
+        counts = {self._site_of(answer): array_of(answer, "train").tolist() for answer in described}
+        data = {self._site_of(answer): str(answer.content.config_records[CONFIG]["data"]) for answer in described}
         calibration_images = np.sum([array_of(answer, "calibration") for answer in described], axis=0)
         copies = common_copies(described)
         most = max((sum(of_site) for of_site in counts.values()), default=0)
@@ -124,7 +127,7 @@ class Coordinator:
             "rounds": self.rounds, "sites": sites, "seconds": time.monotonic() - began,
             "training_sites": sorted(self.training.names.values()), "data": data, "versions": versions(),
             "asked": {name: self.asked.get(node, {}) for node, name in self.grid.names.items()},
-            "started": self.started,
+            "unanswered": self.unanswered, "started": self.started,
         }  # fmt: skip
         storage.write_bytes(self.out / RESULT, json.dumps(result, indent=1).encode())
         return result
@@ -141,11 +144,13 @@ class Coordinator:
             time.sleep(0.1)
         found = self._grid_of({node: str(node) for node in grid.get_node_ids()}, grid)
         answers = self._ask(found, "describe", None, self.order)
-        return self._grid_of({reply.metadata.src_node_id: _site_of(reply) for reply in answers}, grid)
+        own = {reply.metadata.src_node_id: str(reply.content.config_records[CONFIG]["site"]) for reply in answers}
+        return self._grid_of(own, grid)
 
     def _grid_of(self, names: dict[int, str], grid: Grid | None = None, *, secure: bool = False) -> SiteGrid:
         options: dict[str, Any] = {
             "quorum": self.plan.quorum, "grace": self.plan.grace, "failed": lambda reasons: self._failed(reasons),
+            "check": lambda answer: check_answer(answer, self.network.head.in_features),
         }  # fmt: skip
         if secure:
             options |= {"threshold": self.plan.secure_threshold, "limit": self.plan.secure_range}
@@ -155,6 +160,7 @@ class Coordinator:
     def _ask(
         self, grid: SiteGrid, question: str, model: Model | None, order: Order, **more: np.ndarray
     ) -> list[Message]:
+        self._failed = lambda reasons: self._left_out(question, reasons)
         layouts = Layouts.of(order) if model else None
         messages = [
             Message(order_record(order, model, layouts, **more), dst_node_id=node, message_type=f"query.{question}")
@@ -167,6 +173,14 @@ class Coordinator:
         for answer in answers:
             self.asked[answer.metadata.src_node_id]["sent"] += content_bytes(answer.content)
         return answers
+
+    def _left_out(self, question: str, reasons: dict[str, str]) -> None:
+        self.unanswered.setdefault(question, {}).update(reasons)
+        for site, reason in sorted(reasons.items()):
+            log.warning("%s: %s left out: %s", question, site, reason)
+
+    def _site_of(self, answer: Message) -> str:
+        return self.grid.names[answer.metadata.src_node_id]
 
     def _enough(self, question: str) -> None:
         """Raise FederationError if fewer sites than the plan wants are in the last answers."""
@@ -281,7 +295,7 @@ class Coordinator:
         model, _ = self._model(self.order)
         answers = self._ask(self.grid, "evaluate", model, self.order)
         return {
-            _site_of(a): {name: array_of(a, name).tolist() for name in ("confusion", "lesions", "hits", "totals")}
+            self._site_of(a): {name: array_of(a, name).tolist() for name in ("confusion", "lesions", "hits", "totals")}
             for a in answers
         }
 
@@ -289,16 +303,13 @@ class Coordinator:
         """The calibrated model on every site's test split: counts by bin of its confidence."""
         parameters = np.append(np.log(calibration.temperature), calibration.bias)
         answers = self._ask(self.grid, "reliability", None, self.order, parameters=parameters)
-        return {_site_of(a): {name: array_of(a, name).tolist() for name in ("bins", "error")} for a in answers}
+        return {self._site_of(a): {name: array_of(a, name).tolist() for name in ("bins", "error")} for a in answers}
 
 
 def common_copies(described: list[Message]) -> Copies | None:
     """How the training images of all sites are stored, if all are small JPEG copies alike."""
-    found = {tuple(array_of(a, "copies").ravel().tolist()) for a in described if array_of(a, "train").any()}
-    if len(found) != 1 or not all(*found):
-        return None
-    height, width, quality = found.pop()
-    return Copies(height=height, width=width, quality=quality)
+    found = {copies_of(answer) for answer in described if array_of(answer, "train").any()}
+    return found.pop() if len(found) == 1 else None
 
 
 def balanced_accuracy(confusion: np.ndarray) -> float:
@@ -311,10 +322,6 @@ def read_rounds(out: Path) -> list[dict[str, Any]]:
     """The finished rounds of a run's folder."""
     path = out / ROUNDS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _site_of(reply: Message) -> str:
-    return str(reply.content.config_records[CONFIG]["site"])
 
 
 def network_of_result(plan: Plan, folder: Path) -> Network:

@@ -10,6 +10,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from clients.wire import WireError
 from dermaflow.errors import FederationError
 
 POLL, LONGEST_POLL = 0.1, 1.0
@@ -25,6 +26,7 @@ class SiteGrid(Grid):
         quorum: Share of the answers after which only `grace` is waited.
         grace: Seconds.
         failed: Called with the names of the sites that failed or were late, and why.
+        check: Raises WireError for an answer that cannot be, which is then as good as none.
 
     Attributes:
         answered: Sites whose answers are in what came last.
@@ -33,9 +35,10 @@ class SiteGrid(Grid):
     def __init__(
         self, grid: Grid, names: dict[int, str], *, quorum: float = 1.0, grace: float = 5.0,
         failed: Callable[[dict[str, str]], None] = lambda reasons: None,
+        check: Callable[[Message], None] = lambda answer: None,
     ) -> None:  # fmt: skip
         self._grid, self.names = grid, names
-        self._quorum, self._grace, self._failed = quorum, grace, failed
+        self._quorum, self._grace, self._failed, self._check = quorum, grace, failed, check
         self.answered: list[str] = []
 
     def set_run(self, run: Run) -> None:
@@ -70,9 +73,15 @@ class SiteGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send, and wait for all answers, or for the quorum and the grace, or until the time is over.
 
-        A site that failed or is late is named to `failed`; its error is not among the answers.
+        A site that failed, is late or sent what cannot be is named to `failed`; nothing of it is among the answers.
         """
         answers, reasons = self.exchange(list(messages), timeout)
+        for answer in list(answers):
+            try:
+                self._check(answer)
+            except WireError as error:
+                answers.remove(answer)
+                reasons[self.names.get(answer.metadata.src_node_id, "?")] = f"refused: {error}"
         self.answered = [self.names.get(answer.metadata.src_node_id, "?") for answer in answers]
         if reasons:
             self._failed(reasons)

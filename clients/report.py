@@ -127,9 +127,9 @@ def _sentences(run: FinishedRun, matrix: Matrix) -> list[str]:
     if alone:
         best = max(alone, key=lambda row: row.everything.balanced_accuracy.value or 0)
         sentences.append(f"The best site alone, {best.trained_on[0]}, reaches {said(best)}.")
-    left = {site: reason for record in run.result["rounds"] for site, reason in record["failed"].items()}
-    if left:
-        sentences.append(f"In some round without {', '.join(sorted(left))}: the reasons stand below.")
+    parts = [record["failed"] for record in run.result["rounds"]] + [*run.result.get("unanswered", {}).values()]
+    if left := {site for part in parts for site in part}:
+        sentences.append(f"Not at all times with {', '.join(sorted(left))}: the reasons stand below.")
     return sentences
 
 
@@ -188,8 +188,10 @@ def _participation(result: dict[str, Any]) -> list[dict[str, str]]:
             if site not in record["sites"]:
                 reasons.setdefault(record["failed"].get(site, "not drawn for the round"), []).append(record["round"])
         missing = [f"round {_ranges(numbers)}: {reason}" for reason, numbers in reasons.items()]
-        if site not in result["sites"]:
-            missing.append("final evaluation: no answer")
+        unanswered = result.get("unanswered", {})  # older runs do not say
+        missing += [f"{question}: {reasons[site]}" for question, reasons in unanswered.items() if site in reasons]
+        if site not in result["sites"] and site not in unanswered.get("evaluate", {}):
+            missing.append("evaluate: no answer")
         seconds = [r["sites"][site]["seconds"] for r in result["rounds"] if "seconds" in r["sites"].get(site, {})]
         rows.append(
             {
