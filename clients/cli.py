@@ -119,7 +119,7 @@ def run(
     for record in result["rounds"]:
         for name, reason in record["failed"].items():
             console.print(f"round {record['round']}: without {name}: {reason}", markup=False)
-    for question, reasons in result["unanswered"].items():
+    for question, reasons in result.get("unanswered", {}).items():  # older runs do not say
         for name, reason in reasons.items():
             console.print(f"{question}: without {name}: {reason}", markup=False)
     if given := result["privacy"]:

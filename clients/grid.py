@@ -75,12 +75,13 @@ class SiteGrid(Grid):
 
         A site that failed, is late or sent what cannot be is named to `failed`; nothing of it is among the answers.
         """
-        answers, reasons = self.exchange(list(messages), timeout)
-        for answer in list(answers):
+        found, reasons = self.exchange(list(messages), timeout)
+        answers = []
+        for answer in found:
             try:
                 self._check(answer)
+                answers.append(answer)
             except WireError as error:
-                answers.remove(answer)
                 reasons[self.names.get(answer.metadata.src_node_id, "?")] = f"refused: {error}"
         self.answered = [self.names.get(answer.metadata.src_node_id, "?") for answer in answers]
         if reasons:
