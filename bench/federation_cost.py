@@ -46,6 +46,7 @@ from clients.site_config import SiteConfig, make_site
 from clients.wire import Precision
 from dermaflow.learning.backbones import BackboneConfig
 from dermaflow.learning.recipe import Recipe, load_recipe
+from dermaflow.ports import free_port, free_ports
 
 HERE = Path(__file__).parent
 CERTIFICATES = HERE.parent / "deploy/federation/make_certificates.sh"
@@ -151,7 +152,7 @@ def stock(recipe: Recipe, shards: Path, scratch: Path, rounds: int) -> Found:
     """Flower's own commands, as its documentation starts them."""
     home, out = scratch / "stock", scratch / "stock.jsonl"
     home.mkdir()
-    (port,) = free_ports(1)
+    port = free_port()
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "stock"\n\n[superlink.stock]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
@@ -267,14 +268,6 @@ def running(folder: Path, env: dict[str, str] | None = None) -> Iterator[Any]:
         _, alive = psutil.wait_procs([*started, *family], timeout=20)
         for process in alive:
             process.kill()
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def wait_for(port: int) -> None:

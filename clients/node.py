@@ -13,7 +13,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from clients.site_config import AUDIT_NAME, SiteError, load_site
 from clients.supernode import SECRET_NAME, STATE_NAME
 from dermaflow import storage
 from dermaflow.audit import AuditLog
+from dermaflow.ports import free_port
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def run_node(folder: str | Path, preload: Sequence[str] = PRELOAD) -> None:
         (folder / STATE_NAME).unlink(missing_ok=True)
         audit.append("node started", site=site.name)
         # The port is chosen once: the launcher keeps it when the SuperNode starts again
-        port = str(_free_port())
+        port = str(free_port())
         python = [sys.executable, "-m"]
         node = Supervised("SuperNode", [*python, "clients.supernode", str(folder), port], folder, output)
         launcher = Supervised(
@@ -229,9 +229,3 @@ def _write_secret(path: Path) -> None:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
         stream.write(secrets.token_bytes(32))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

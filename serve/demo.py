@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import socket
 import time
 import zipfile
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from dermaflow.cli.console import bars, console, print_table
 from dermaflow.errors import DataError
+from dermaflow.ports import free_port
 from serve.cli import start, stop
 from serve.models import choose
 from serve.options import Options, checked
@@ -40,7 +40,7 @@ def score_through_endpoint(run: Path) -> None:
     chosen_patients = known[known["lesion_id"].isin(set(lesions.values()))]
     table = chosen_patients.merge(pd.DataFrame(lesions.items(), columns=["image_id", "lesion_id"]), on="lesion_id")
     options = Options(model=str(model), state=run / "serve", open=True)
-    port = _free_port()
+    port = free_port()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every look at the progress
     try:
         start(checked(options), choose(options.model), "127.0.0.1", port)
@@ -97,9 +97,3 @@ def _json(answer: httpx.Response) -> dict[str, Any]:
         raise DataError(f"{answer.status_code}: {answer.text[:500]}", where=str(answer.request.url.path))
     found: dict[str, Any] = answer.json()
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from waiting import free_ports, until
+from waiting import until
 
 from clients.hub import ask_hub, register_site
 from clients.policy import approve
 from clients.site_config import SiteConfig, make_site
 from dermaflow.errors import FederationError
+from dermaflow.ports import free_ports
 
 MAKE_CERTIFICATES = Path(__file__).parents[1] / "deploy/federation/make_certificates.sh"
 

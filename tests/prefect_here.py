@@ -24,7 +24,9 @@ from prefect.settings import (
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
     temporary_settings,
 )
-from waiting import free_port, until_it_answers
+from waiting import until_it_answers
+
+from dermaflow.ports import free_port
 
 
 @contextmanager

@@ -38,10 +38,11 @@ from lifecycle_here import Ward, arrive
 from postgres_here import a_postgres
 from ray_nodes import Nodes, ray_nodes
 from serve_parts import a_jpeg, a_zip
-from waiting import free_ports, until, until_it_answers
+from waiting import until, until_it_answers
 
 from dermaflow import storage
 from dermaflow.bundles.registry import Registry
+from dermaflow.ports import free_ports
 
 IMAGES = 60  # of a folder that arrives, and of a batch
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")

@@ -1,9 +1,8 @@
-"""Ports of loopback, and waiting for what other processes do."""
+"""Waiting for what other processes do."""
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,19 +10,6 @@ from typing import TypeVar
 import httpx
 
 T = TypeVar("T")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody has."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def free_port() -> int:
-    return free_ports(1)[0]
 
 
 def until(holds: Callable[[], T], seconds: float = 200, what: str = "it holds", every: float = 0.2) -> T:

@@ -22,11 +22,11 @@ from browser import CHROMIUM, Browser
 from PIL import Image
 from serve_parts import a_jpeg
 from tiny_bundle import a_bundle, a_calibration
-from waiting import free_port
 
 from dermaflow.bundles.bundle import save_bundle
 from dermaflow.learning.backbones import BackboneConfig, build
 from dermaflow.learning.inference import predict
+from dermaflow.ports import free_port
 from dermaflow.schemas.bundle import OodSpec, Reference
 
 pytest.importorskip("ray.serve")

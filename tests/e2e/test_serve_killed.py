@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from serve_parts import a_zip, save_servable
-from waiting import free_port
+
+from dermaflow.ports import free_port
 
 pytest.importorskip("ray.serve")
 pytestmark = [

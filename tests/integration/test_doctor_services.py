@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from waiting import free_port, until_it_answers
+from waiting import until_it_answers
+
+from dermaflow.ports import free_port
 
 pytest.importorskip("prefect")
 pytest.importorskip("ray")

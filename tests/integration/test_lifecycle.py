@@ -28,11 +28,12 @@ from prefect_here import Server, a_server, stop
 from tiny_bundle import a_bundle, save_tiny
 from tiny_data import snapshot
 from typer.testing import CliRunner
-from waiting import free_port, until
+from waiting import until
 
 from dermaflow.bundles.registry import Registry
 from dermaflow.cli.main import app
 from dermaflow.errors import DataError, RegistryError, StorageError
+from dermaflow.ports import free_port
 from flows import lifecycle as lifecycle_module
 from flows import tasks
 from flows.cycle import Decision, alone

@@ -16,10 +16,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from small_archives import lesion_jpegs, scoring_bundle
-from waiting import free_port, until_it_answers
+from waiting import until_it_answers
 
 from dermaflow import monitoring
 from dermaflow.logs import JsonLines
+from dermaflow.ports import free_port
 from dermaflow.scoring.bulk import score
 from dermaflow.settings import settings
 

@@ -23,7 +23,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from serve_parts import a_jpeg, a_zip, save_servable
-from waiting import free_port, until
+from waiting import until
+
+from dermaflow.ports import free_port
 
 pytest.importorskip("python_multipart")
 ray = pytest.importorskip("ray")

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from serve_parts import save_servable
 from typer.testing import CliRunner
-from waiting import free_port
 
 from dermaflow.bundles.registry import Registry
+from dermaflow.ports import free_port
 from dermaflow.settings import settings
 from serve import cli
 from serve.access import read_keys
