@@ -103,7 +103,8 @@ def show_scoring(folder: str) -> None:
 
 
 def show_rounds(out: Path) -> None:
-    """The rounds of a federated run: loss, balanced accuracy before the round, bytes, and who was left out and why."""
+    """The rounds of a federated run: loss, balanced accuracy before the round, bytes, and who was left out of them
+    or of the questions beside them and why."""
     place, rows = out / "rounds.jsonl", []
     for line in place.read_text(encoding="utf-8").splitlines() if place.exists() else ():  # a head from sums has none
         record = json.loads(line)
@@ -121,9 +122,13 @@ def show_rounds(out: Path) -> None:
                 "left out": "; ".join(f"{name}: {reason}" for name, reason in record["failed"].items()),
             }
         )
+    asked = json.loads((out / "result.json").read_text(encoding="utf-8")).get("unanswered", {})  # older runs do not say
+    silent = "; ".join(f"{question}: {site}: {why}" for question, sites in asked.items() for site, why in sites.items())
     create_table_artifact(
-        rows, key="rounds", description="Rounds of the federated run; balanced accuracy on the calibration splits."
-    )
+        rows, key="rounds",
+        description="Rounds of the federated run; balanced accuracy on the calibration splits."
+        + (f" Left out of a question beside the rounds: {silent}." if silent else ""),
+    )  # fmt: skip
 
 
 def show_matrix(out: Path) -> None:
