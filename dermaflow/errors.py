@@ -34,6 +34,10 @@ def _rebuild(
     return cls(what, where=where, expected=expected, todo=todo)
 
 
+class SettingError(DermaflowError):
+    """An environment variable ``DERMAFLOW_*`` has an impossible value."""
+
+
 class DataError(DermaflowError):
     """A data set, its metadata or one of its images is not as published."""
 

@@ -37,8 +37,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        start_logging()
         try:
+            start_logging()
             for name, value in kwargs.items():
                 if isinstance(value, Path):
                     local_only(value, f"--{name.replace('_', '-')}")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from dermaflow.errors import SettingError
 from dermaflow.learning.backbones import Network
 from dermaflow.settings import settings
 
@@ -161,11 +162,20 @@ def keep_freed_memory() -> None:
 
 
 def pick_device() -> torch.device:
-    """The device of ``DERMAFLOW_DEVICE``, or a GPU where there is one; says which in the log."""
+    """The device of ``DERMAFLOW_DEVICE``, or a GPU where there is one; says which in the log.
+
+    Raises:
+        SettingError: There is no such GPU.
+    """
     wanted = settings().device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingError(
+            wanted, where="DERMAFLOW_DEVICE", expected=f"one of {torch.cuda.device_count()} GPUs",
+            todo="set it to auto, or see what dermaflow doctor says",
+        )  # fmt: skip
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     log.info("device: %s (%s)", device, name)
     return device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dermaflow.errors import SettingError
 from dermaflow.learning.backbones import BackboneConfig, Network, build
 from dermaflow.learning.optimisation import OptimConfig, make_optimizer, make_schedule, pick_device, pick_precision
 from dermaflow.settings import settings
@@ -91,6 +92,14 @@ def test_the_device_of_the_environment_is_used_and_logged(
     with caplog.at_level("INFO"):
         assert pick_device() == torch.device("cpu")
     assert "device: cpu" in caplog.text
+    settings.cache_clear()
+
+
+def test_a_gpu_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DERMAFLOW_DEVICE", f"cuda:{torch.cuda.device_count()}")
+    settings.cache_clear()
+    with pytest.raises(SettingError, match=r"DERMAFLOW_DEVICE: cuda:\d+; expected one of \d+ GPUs"):
+        pick_device()
     settings.cache_clear()
 
 
