@@ -7,8 +7,11 @@ never hides a release.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -76,17 +79,27 @@ class Ledger:
         Raises:
             Refused: The limit would be passed; nothing is written.
         """
-        releases = [*self.releases(), release]
-        found = epsilon(releases, delta)
-        if limit is not None and found > limit:
-            raise Refused(
-                f"with this release of {release.what} epsilon would be {found:.2f} at delta {delta:g}, over all runs",
-                expected=f"at most {limit:g}, the limit of this site's policy",
-                todo="ask for a smaller epsilon, or let the site raise max_epsilon in its policy",
-            )  # fmt: skip
-        text = json.dumps([item.model_dump() for item in releases], indent=1)
-        storage.write_bytes(self._path, text.encode())
+        with self._alone():
+            releases = [*self.releases(), release]
+            found = epsilon(releases, delta)
+            if limit is not None and found > limit:
+                raise Refused(
+                    f"with this release of {release.what} epsilon would be {found:.2f} at delta {delta:g}, "
+                    "over all runs",
+                    expected=f"at most {limit:g}, the limit of this site's policy",
+                    todo="ask for a smaller epsilon, or let the site raise max_epsilon in its policy",
+                )  # fmt: skip
+            text = json.dumps([item.model_dump() for item in releases], indent=1)
+            storage.write_bytes(self._path, text.encode())
         return found
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Runs at the same time write one after the other, each in a process of its own."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.with_suffix(".lock").open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+            yield
 
 
 def epsilon(releases: list[Release], delta: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -166,7 +167,7 @@ def _asked(message: Message, context: Context) -> tuple[Order, Site]:
         plan = Plan.from_run_config(dict(context.run_config))
         name = simulated_sites(plan.shards, plan.partition)[int(context.node_config["partition-id"])]
         memory = Memory(Path(plan.out) / "sites" / name, order.run)
-        return order, Site(SiteData(name, plan.shards, plan.partition), memory)
+        return order, _of_this_run(order, Site(SiteData(name, plan.shards, plan.partition), memory))
     folder = Path(str(context.node_config[FOLDER]))
     config = load_site(folder)
     site = Site(SiteData(config.name, str(config.shards)), Memory(folder / "state", order.run))
@@ -178,7 +179,17 @@ def _asked(message: Message, context: Context) -> tuple[Order, Site]:
     )  # fmt: skip
     if reason:
         raise Refused(reason)
-    return order, site
+    return order, _of_this_run(order, site)
+
+
+def _of_this_run(order: Order, site: Site) -> Site:
+    """The site, if the run is the one that it remembers: noise that was paid for stands for one epsilon only."""
+    if not site.memory.begin(hashlib.sha256(f"{order.digest} {site.data.data_hash}".encode()).hexdigest()):
+        raise Refused(
+            f"the run {order.run} began here with other choices or other images", expected="the same until its end",
+            todo="start it anew in an empty --out, under no name or another",
+        )  # fmt: skip
+    return site
 
 
 def _exact(order: Order) -> None:

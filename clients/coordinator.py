@@ -87,7 +87,10 @@ class Coordinator:
             {node: name for node, name in self.grid.names.items() if name in chosen}, secure=plan.secure
         )
         if not self.training.names:
-            raise FederationError(f"no site of {chosen}", expected=f"some of {sorted(self.grid.names.values())}")
+            raise FederationError(
+                f"no site to train with: asked for {chosen or 'all'}, left out {self.unanswered or 'none'}",
+                expected=f"some of {sorted(self.grid.names.values())}" if self.grid.names else "sites that answer",
+            )  # fmt: skip
 
     def run(self) -> dict[str, Any]:
         """Everything; what an earlier process of the same run finished is not done again."""
@@ -98,7 +101,9 @@ class Coordinator:
         data = {self._site_of(answer): str(answer.content.config_records[CONFIG]["data"]) for answer in described}
         calibration_images = np.sum([array_of(answer, "calibration") for answer in described], axis=0)
         copies = common_copies(described)
-        most = max((sum(of_site) for of_site in counts.values()), default=0)
+        images = {site: sum(of_site) for site, of_site in counts.items()}
+        self.training.images = dict.fromkeys(images, 1.0) if self.plan.dp == "site" else images
+        most = max(images.values(), default=0)
         self.order = self.order.model_copy(update={"most_images": most})
         if self.plan.weights_of == "all":
             self.order = self.order.model_copy(update={"counts": np.sum(list(counts.values()), axis=0).tolist()})

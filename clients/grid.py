@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flwr.app import Message
@@ -30,6 +30,7 @@ class SiteGrid(Grid):
 
     Attributes:
         answered: Sites whose answers are in what came last.
+        images: Training images that each site described, by which its updates count; empty before they did.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class SiteGrid(Grid):
         self._grid, self.names = grid, names
         self._quorum, self._grace, self._failed, self._check = quorum, grace, failed, check
         self.answered: list[str] = []
+        self.images: dict[str, float] = {}
 
     def set_run(self, run: Run) -> None:
         """Not ours to change."""
@@ -87,6 +89,15 @@ class SiteGrid(Grid):
         if reasons:
             self._failed(reasons)
         return answers
+
+    def check_images(self, site: str, figures: Mapping[str, float]) -> None:
+        """Raise WireError if a site trained on other images than it described: an update counts by them."""
+        found = figures.get("images")
+        if found is None:
+            raise WireError("the answer does not say how many images it counts for")
+        most = max(self.images.values(), default=found)  # of a site that came later nothing better is known
+        if found != self.images.get(site, min(found, most)):
+            raise WireError(f"it counts {found:g} images", expected=f"{self.images.get(site, most):g}, as described")
 
     def exchange(self, messages: list[Message], timeout: float | None) -> tuple[list[Message], dict[str, str]]:
         """As `send_and_receive`, and gives the sites that failed or are late, and why."""

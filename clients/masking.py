@@ -14,14 +14,16 @@ try them all. The masks here are the key stream of AES-256 in counter mode.
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.fernet import InvalidToken
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt, encrypt, generate_shared_key
@@ -185,9 +187,61 @@ def add_masks(
     return found
 
 
+def seed_digest(seed: bytes) -> bytes:
+    """SHA-256 of a site's seed, which it says beforehand, so that forged shares of it are seen; it tells nothing."""
+    return hashlib.sha256(seed).digest()
+
+
+def is_mask_key(secret: bytes, public: bytes) -> bool:
+    """Whether a secret is the private key, PEM, of a public one."""
+    try:
+        return public_key_to_bytes(bytes_to_private_key(secret).public_key()) == public
+    except ValueError:  # no key at all
+        return False
+
+
+def is_public_key(key: bytes) -> bool:
+    """Whether something is a public key, PEM, of the curve that the sites use."""
+    try:
+        found = bytes_to_public_key(key)
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+    return isinstance(found, EllipticCurvePublicKey) and isinstance(found.curve, SECP384R1)
+
+
+def recover(
+    shares: Mapping[int, bytes], threshold: int, fits: Callable[[bytes], bool]
+) -> tuple[bytes | None, set[int]]:
+    """A secret out of its shares, and the nodes whose share of it is forged.
+
+    Args:
+        shares: By the node that sent it.
+        threshold: Shares that bring the secret back.
+        fits: Whether something is the secret.
+
+    Returns:
+        None if too many are forged to find it.
+    """
+
+    def secret_of(nodes: list[int]) -> bytes | None:
+        try:
+            found: bytes = combine_shares([shares[node] for node in nodes])
+        except (ValueError, IndexError):  # no shares of one secret
+            return None
+        return found if fits(found) else None
+
+    nodes = sorted(shares)
+    for start in range(len(nodes)):
+        chosen = (nodes[start:] + nodes[:start])[:threshold]
+        if len(chosen) == threshold and (secret := secret_of(chosen)) is not None:
+            others = set(nodes) - set(chosen)
+            return secret, {node for node in others if start and secret_of([*chosen[1:], node]) is None}
+    return None, set()
+
+
 def unmask(
     totals: Mapping[str, np.ndarray], active: set[int], lost: set[int], keys: Mapping[int, Keys],
-    shares: Mapping[int, list[bytes]],
+    secrets: Mapping[int, bytes],
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The coordinator's last step: sums of the masked arrays without the masks.
 
@@ -196,9 +250,8 @@ def unmask(
         active: Those.
         lost: Sites that made shares but did not answer.
         keys: Public keys of all.
-        shares: For each site, at least as many shares as the threshold.
+        secrets: Seed of each site that answered, mask key of each that was lost.
     """
-    secrets = {node: combine_shares(shares[node]) for node in active | lost}
     added: list[bytes] = []
     subtracted = [secrets[node] for node in active]
     for node in lost:

@@ -37,6 +37,18 @@ class Memory:
         self._folder.mkdir(parents=True, exist_ok=True)
         storage.write_bytes(self._folder / f"{name}.safetensors", save(arrays))
 
+    def begin(self, digest: str) -> bool:
+        """Whether this run is the one that began under its name: what is remembered belongs to one run only.
+
+        Args:
+            digest: SHA-256 of what does not change during the run.
+        """
+        mine = np.frombuffer(bytes.fromhex(digest), np.uint8)
+        kept = self.recall("run")
+        if kept is None:
+            self.keep("run", digest=mine)
+        return kept is None or np.array_equal(kept["digest"], mine)
+
     def forget(self) -> None:
         """Remove everything of the run."""
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -233,3 +234,11 @@ class Order(BaseModel):
     directions: int = 128
     seed: int = 0
     resamples: int = 0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is the same in all messages of a run."""
+        changes = {"version", "round", "scope", "rate", "counts", "monitor", "precision", "most_images"}
+        if self.dp != "lesion":
+            changes.add("clip")  # follows the updates
+        return hashlib.sha256(self.model_dump_json(exclude=changes).encode()).hexdigest()

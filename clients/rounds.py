@@ -46,12 +46,26 @@ def make_strategy(plan: Plan, sites: int) -> FedAvg:
         case "scaffold":
             return Scaffold(sites=sites, rate=rate or 1.0, **options)
         case "trimmed_mean":
-            return FedTrimmedAvg(beta=min(plan.malicious / sites, 0.49), **options)
+            return FedTrimmedAvg(beta=0.0, **options)  # see `trimmed_share`
         case "median":
             return FedMedian(**options)
         case "krum":
             return Krum(num_malicious_nodes=plan.malicious, **options)
     return FedAvg(**options)  # fedprox too: its pull is the site's work
+
+
+def trimmed_share(answers: int, malicious: int) -> float:
+    """Share of the answers to leave out at each end, so that it is as many as may lie, however many came.
+
+    Raises:
+        FederationError: Nothing would be left.
+    """
+    if answers <= 2 * malicious:
+        raise FederationError(
+            f"{answers} sites answered; a trimmed mean leaves out the {malicious} largest and smallest of each number",
+            expected=f"at least {2 * malicious + 1}", todo="wait for more sites, or lower malicious",
+        )  # fmt: skip
+    return (malicious + 0.25) / answers  # Flower rounds down
 
 
 @dataclass
@@ -172,6 +186,8 @@ class SiteRounds(Strategy):
             figures = {"num-examples": update.figures["images"]}
             reply.content = RecordDict({ARRAYS: ArrayRecord(arrays), METRICS: MetricRecord(figures)})
         number = self.record.round - self._origin + 1  # of the phase, also after a restart: optimisers count by it
+        if isinstance(self.inner, FedTrimmedAvg):
+            self.inner.beta = trimmed_share(len(good), self.plan.malicious)
         found, metrics = self.inner.aggregate_train(number, [reply for reply, _ in good])
         updates = [update for _, update in good]
         if self.plan.dp in ("site", "central"):
@@ -181,7 +197,9 @@ class SiteRounds(Strategy):
         if found is not None:
             weights = found["weights"].numpy().astype(np.float32)  # Flower's optimisers compute in float64
             norm = self.model.norm
-            if norm.size:
+            if norm.size and self.plan.strategy in ("trimmed_mean", "median", "krum"):
+                norm = np.median([update.norm for update in updates], axis=0)  # no site moves it far
+            elif norm.size:
                 norm = merge_norm([update.norm for update in updates], images, self.layouts.norm)
             self.model = Model(weights, norm, self.model.rest)
             self._average()
@@ -200,14 +218,17 @@ class SiteRounds(Strategy):
         return sum(site["images"] * site.get("steps", 1.0) for site in sites) / sum(site["images"] for site in sites)
 
     def _read(self, replies: Iterable[Message]) -> list[tuple[Message, Update]]:
+        assert self._grid is not None
         good: list[tuple[Message, Update]] = []
         for reply in replies:
             site = self._names[reply.metadata.src_node_id]
             self.record.sites[site]["sent"] = float(content_bytes(reply.content))
             try:
-                good.append((reply, read_update(reply.content, self.layouts)))
-                confusion = good[-1][1].confusion
-                self.record.sites[site] |= good[-1][1].figures
+                update = read_update(reply.content, self.layouts)
+                self._grid.check_images(site, update.figures)
+                good.append((reply, update))
+                confusion = update.confusion
+                self.record.sites[site] |= update.figures
                 if confusion is not None and confusion.any():
                     seen = balanced_accuracy(confusion[None].astype(np.float64))
                     self.record.sites[site]["balanced_accuracy"] = float(seen[0])

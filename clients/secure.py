@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from clients.masking import Party, from_fixed, to_fixed
+from clients.masking import Party, from_fixed, seed_digest, to_fixed
 from clients.plan import Order
 from clients.policy import Refused
 from clients.site import Layouts, Update
@@ -44,7 +44,7 @@ def share_secrets(message: Message, context: Context) -> ConfigRecord:
     party, asked = _recall(message, context), _asked(message)
     sealed = party.make_shares(_pairs(asked, "nodes", "keys"), _number(asked, "threshold"))
     _keep(context, party)
-    return ConfigRecord({"nodes": list(sealed), "sealed": list(sealed.values())})
+    return ConfigRecord({"nodes": list(sealed), "sealed": list(sealed.values()), "seed": seed_digest(party.seed)})
 
 
 def masked(message: Message, context: Context, arrays: Mapping[str, np.ndarray], limit: float) -> ArrayRecord:

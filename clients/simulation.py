@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def submit_to_hub(plan: Plan, state: Path, progress: Progress = lambda label, do
         CheckpointError: The folder belongs to another plan.
     """
     out = Path(plan.out).absolute()
-    name = plan.name or hashlib.sha256(str(out).encode()).hexdigest()[:12]
+    name = plan.name or _own_name(out)
     plan = plan.model_copy(update={"out": str(out), "name": name})
     claim(plan)
     if not (out / RESULT).exists():
@@ -93,6 +93,13 @@ def claim(plan: Plan) -> None:
             f"this folder belongs to a run with another {', '.join(other)}", where=plan.out,
             todo="choose another --out, or remove the folder to start anew",
         )  # fmt: skip
+
+
+def _own_name(out: Path) -> str:
+    """Of the run in a folder: new where none began there, so that no site remembers another run under it."""
+    if (out / PLAN).exists():
+        return str(json.loads((out / PLAN).read_text())["name"])
+    return secrets.token_hex(6)
 
 
 def _follow(home: Path, connection: str, run: int, plan: Plan, progress: Progress) -> None:

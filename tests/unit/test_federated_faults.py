@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from federation_here import SITES, a_plan, run_here, weights
 from flwr.app import Array, Message
+from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from tiny_data import tiny_shards
 
+from clients.rounds import trimmed_share
 from dermaflow.errors import FederationError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,6 +59,10 @@ def _boast(reply: Message) -> None:
     reply.content.metric_records["metrics"]["images"] = float("inf")
 
 
+def _multiply(reply: Message) -> None:
+    reply.content.metric_records["metrics"]["images"] = 1e9
+
+
 def _nothing(reply: Message) -> None:
     del reply.content.array_records["arrays"]["delta"]
 
@@ -72,7 +78,7 @@ def _many_steps(reply: Message) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [(_nan, "NaN"), (_short, "shape"), (_giant, "times as long"), (_negative_variance, "variance"), (_boast, "figures"),
-     (_nothing, "incomplete")],
+     (_multiply, "it counts 1e+09 images"), (_nothing, "incomplete")],
 )  # fmt: skip
 def test_a_site_that_sends_nonsense_is_named_and_left_out(
     shards: Path, tmp_path: Path, change: Callable[[Message], None], says: str
@@ -126,3 +132,40 @@ def test_a_robust_strategy_holds_against_a_site_that_pushes_the_other_way(
 ) -> None:
     clean, pushed = clean_and_pushed
     assert np.square(_moved(shards, tmp_path, spoil_one(_against), strategy=strategy) - clean).sum() < pushed / 4
+
+
+def test_a_trimmed_mean_holds_without_a_site_that_failed(
+    shards: Path, tmp_path: Path, clean_and_pushed: tuple[np.ndarray, float]
+) -> None:
+    """Of three answers one is left out at each end, as of four."""
+
+    def spoil(node: str, asked: Message, reply: Message) -> Message:
+        if node == "102" and asked.metadata.message_type == "train":
+            raise RuntimeError("power cut")
+        return spoil_one(_against)(node, asked, reply)
+
+    clean, pushed = clean_and_pushed
+    assert np.square(_moved(shards, tmp_path, spoil, strategy="trimmed_mean") - clean).sum() < pushed / 4
+
+
+def test_a_trimmed_mean_of_which_nothing_would_be_left_ends_the_run(shards: Path, tmp_path: Path) -> None:
+    plan = a_plan(shards, tmp_path, rounds=1, strategy="trimmed_mean", malicious=2)
+    with pytest.raises(FederationError, match=r"4 sites answered.*expected at least 5"):
+        run_here(plan)
+
+
+@pytest.mark.parametrize(("answers", "malicious"), [(3, 1), (4, 1), (5, 2), (49, 1), (49, 24), (1000, 499)])
+def test_as_many_are_trimmed_as_may_lie(answers: int, malicious: int) -> None:
+    numbers = np.arange(float(answers))
+    numbers[answers - malicious :] = 1e9
+    assert trim_mean(numbers, trimmed_share(answers, malicious)) < answers
+
+
+@pytest.mark.parametrize("strategy", ["krum", "median", "trimmed_mean"])
+def test_a_robust_strategy_holds_for_running_statistics(shards: Path, tmp_path: Path, strategy: str) -> None:
+    def far(reply: Message) -> None:
+        arrays = reply.content.array_records["arrays"]
+        arrays["norm"] = Array(arrays["norm"].numpy() + np.float32(1e6))
+
+    run_here(a_plan(shards, tmp_path, rounds=1, strategy=strategy), spoil=spoil_one(far))
+    assert all(np.abs(array).max() < 1e4 for name, array in weights(tmp_path).items() if "running" in name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from clients.privacy import (
     repaired,
 )
 from clients.result import save_model
+from clients.simulation import _own_name, claim
 from clients.site import Update
 from clients.site_data import SiteData
 from dermaflow.bundles.bundle import load_bundle
@@ -226,6 +229,37 @@ def test_a_limit_at_the_site_stops_a_run_that_would_pass_it(
     after = Ledger(tmp_path / "sites/rosendahl").releases()
     assert after[: len(before)] == before and epsilon(after, 1e-5) <= 4.2
     assert "sums of features" not in [item.what for item in after if item.run == "second"]
+
+
+def test_what_was_released_for_one_epsilon_is_not_given_for_another(shards: Path, tmp_path: Path) -> None:
+    """The result would state the guarantee that was asked for, not the one that was paid."""
+    choices = {"rounds": 0, "scope": "head", "head": "statistics", "dp": "lesion", "recipe": small()}
+    run_here(a_plan(shards, tmp_path, epsilon=8.0, **choices))
+    for name in ("plan.json", "result.json"):  # as someone does who begins anew, but the sites remember
+        (tmp_path / name).unlink(missing_ok=True)
+    with pytest.raises(FederationError, match="began here with other choices or other images"):
+        run_here(a_plan(shards, tmp_path, epsilon=1.0, **choices))
+
+
+def test_a_run_has_a_name_of_its_own_until_its_folder_is_removed(tmp_path: Path) -> None:
+    """Sites would know a run in the same folder for the one before."""
+    names = [_own_name(tmp_path) for _ in range(2)]
+    assert names[0] != names[1]
+    plan = Plan(recipe=small().model_dump_json(), out=str(tmp_path), name=names[0])
+    claim(plan)
+    assert _own_name(tmp_path) == names[0]
+
+
+def test_runs_at_the_same_time_lose_no_release(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from clients.accountant import Ledger, Release\n"
+        "for i in range(20): Ledger(Path(sys.argv[1])).spend("
+        "Release(run=sys.argv[2], what=str(i), unit='lesion', noise=40.0), 1e-5, None)"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", program, tmp_path, name]) for name in "ab"]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    found = [(release.run, release.what) for release in Ledger(tmp_path).releases()]
+    assert sorted(found) == sorted((name, str(i)) for name in "ab" for i in range(20))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 from federation_here import SITES, a_plan, a_recipe, run_here, weights
-from flwr.app import Message
+from flwr.app import Array, ConfigRecord, Message
+from flwr.common.secure_aggregation.crypto.shamir import combine_shares
 from tiny_data import tiny_shards
 
-from clients.masking import Keys, Party, add_masks, from_fixed, more_than_half, step, to_fixed, unmask
+from clients.masking import (
+    Keys,
+    Party,
+    add_masks,
+    from_fixed,
+    is_mask_key,
+    more_than_half,
+    recover,
+    step,
+    to_fixed,
+    unmask,
+)
 from clients.plan import Plan
 from clients.policy import Policy, Refused, refusal
 from dermaflow.errors import FederationError, RecipeError
@@ -59,8 +71,8 @@ def test_the_sum_is_exact_without_the_sites_that_were_lost(sites: int, lost: lis
         for name, d in (("delta", np.uint32), ("norm", np.uint64))
     }
     revealed = {node: parties[node].reveal(active, gone) for node in active}
-    shares = {n: [r[n] for r in revealed.values()][: more_than_half(sites)] for n in parties}
-    found = unmask(totals, active, gone, keys, shares)
+    secrets = {n: combine_shares([shares[n] for shares in revealed.values()][: more_than_half(sites)]) for n in parties}
+    found = unmask(totals, active, gone, keys, secrets)
     for name, limit in (("delta", 8.0), ("norm", 0.0)):
         exact = sum(numbers[node][name] for node in active)
         off = np.abs(from_fixed(found[name], sites, limit) - exact).max()
@@ -124,6 +136,24 @@ def test_a_site_refuses_keys_that_are_not_its_own_and_shares_that_were_changed()
         made[1][0].take_shares({2: sealed[2][1][:-9] + b"AAAAAAAA="})
     with pytest.raises(Refused, match="cannot be opened"):
         made[1][0].take_shares({2: sealed[2][3]})
+
+
+def test_a_forged_share_is_found_out_where_enough_others_fit() -> None:
+    parties, keys = begun(5)
+    nodes = list(parties)
+    for party in parties.values():
+        party.mask(whole(some(0), 5))
+    revealed = {node: parties[node].reveal(nodes[:4], nodes[4:]) for node in nodes[:4]}
+    for lost, fits in (
+        (nodes[0], lambda s: s == parties[nodes[0]].seed),
+        (nodes[4], lambda s: is_mask_key(s, keys[nodes[4]][0])),
+    ):
+        shares = {node: found[lost] for node, found in revealed.items()}
+        secret, liars = recover(shares, 3, fits)
+        assert secret is not None and not liars
+        forged = shares | {nodes[1]: bytes(len(shares[nodes[1]]))}
+        assert recover(forged, 3, fits) == (secret, {nodes[1]})
+        assert recover(forged | {nodes[2]: b"none"}, 3, fits) == (None, set())
 
 
 def test_numbers_that_do_not_fit_are_refused_and_not_clipped() -> None:
@@ -206,6 +236,84 @@ def test_a_site_that_is_lost_in_a_leg_leaves_the_sum_of_the_others(shards: Path,
         assert sorted(record["sites"]) == SITES and not record["failed"]
     else:
         assert "power cut" in record["failed"]["vidir_modern"] and "vidir_modern" not in record["sites"]
+
+
+def _no_keys(reply: Message) -> None:
+    reply.content.config_records["secure"]["keys"] = [b"none", b"at all"]
+
+
+def _one_key(reply: Message) -> None:
+    reply.content.config_records["secure"] = ConfigRecord(
+        {"keys": [reply.content.config_records["secure"]["keys"][0]] * 2}
+    )
+
+
+def _few_shares(reply: Message) -> None:
+    record = reply.content.config_records["secure"]
+    record["nodes"], record["sealed"] = record["nodes"][:1], record["sealed"][:1]
+
+
+def _nothing(reply: Message) -> None:
+    del reply.content.config_records["secure"]
+
+
+def _short(reply: Message) -> None:
+    reply.content.array_records["arrays"]["delta"] = Array(np.zeros(3, np.uint32))
+
+
+def _many_images(reply: Message) -> None:
+    reply.content.metric_records["metrics"]["images"] = 1e9
+
+
+def _no_images(reply: Message) -> None:
+    del reply.content.metric_records["metrics"]["images"]
+
+
+def _forged(reply: Message) -> None:
+    record = reply.content.config_records["secure"]
+    record["shares"] = [bytes(len(share)) for share in record["shares"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        ("query.secure_keys", _no_keys, "refused: what it calls keys are none"),
+        ("query.secure_keys", _one_key, "refused: another site offered the same key"),
+        ("query.secure_shares", _few_shares, "refused: its sealed are not one for each site"),
+        ("query.secure_shares", _nothing, "refused: 'secure'"),
+        ("train", _short, "refused: its arrays differ from the others'"),
+        ("train", _many_images, "refused: it counts 1e+09 images"),
+        ("train", _no_images, "refused: the answer does not say how many images it counts for"),
+        ("query.secure_reveal", _forged, "its shares are forged; its answer is in the sum"),
+    ],
+)
+def test_a_site_that_sends_nonsense_in_a_leg_is_named_and_the_others_go_on(
+    shards: Path, tmp_path: Path, kind: str, change: Callable[[Message], None], says: str
+) -> None:
+    def spoil(node: str, asked: Message, reply: Message) -> Message:
+        if node == "100" and asked.metadata.message_type == kind and asked.metadata.group_id == "1":
+            change(reply)
+        return reply
+
+    others = "" if kind.endswith("reveal") else ",".join(SITES[1:])
+    choices = {"rounds": 1, "recipe": small()}
+    run_here(a_plan(shards, tmp_path / "plain", only=others, **choices))
+    result, _ = run_here(a_plan(shards, tmp_path / "secure", secure=True, **choices), spoil=spoil)
+    assert nearest(weights(tmp_path / "plain"), weights(tmp_path / "secure")) < 1e-6
+    assert result["rounds"][0]["failed"][SITES[0]].startswith(says)
+
+
+def test_shares_that_do_not_bring_a_secret_back_end_the_run(shards: Path, tmp_path: Path) -> None:
+    """And never give a model out of noise."""
+
+    def spoil(node: str, asked: Message, reply: Message) -> Message:
+        if node in ("100", "101") and asked.metadata.message_type == "query.secure_reveal":
+            _forged(reply)
+        return reply
+
+    plan = a_plan(shards, tmp_path, rounds=1, recipe=small(), secure=True)
+    with pytest.raises(FederationError, match="shares of the secret of rosendahl from 4 sites too many are forged"):
+        run_here(plan, spoil=spoil)
 
 
 def test_too_few_sites_for_the_threshold_stop_the_run(shards: Path, tmp_path: Path) -> None:
