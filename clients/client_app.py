@@ -59,8 +59,12 @@ def describe(message: Message, context: Context) -> Message:
 
 @app.query("class_sums")
 def class_sums(message: Message, context: Context) -> Message:
-    """Class-wise sums of the frozen backbone's features over the training split."""
-    order, site, model, _ = _read(message, context)
+    """Class-wise sums of the backbone's features over the training split; without a model, of the evaluated one."""
+    if ARRAYS in message.content.array_records:
+        order, site, model, _ = _read(message, context)
+    else:
+        order, site = _asked(message, context)
+        model = site.final_model()
     if order.dp == "lesion":
         known = array_of(message, "centre")
         sums = privacy.private_sums(site, order, model, known, _budget(site, context))

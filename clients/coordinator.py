@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save
 
 from clients.answers import check_answer, copies_of
 from clients.grid import SiteGrid
-from clients.messages import CONFIG, array_of, content_bytes, order_record
+from clients.messages import CONFIG, Known, array_of, content_bytes, order_record
 from clients.plan import Order, Plan
 from clients.privacy import guarantee, private_head
 from clients.rounds import RoundRecord, SiteRounds
@@ -79,6 +79,7 @@ class Coordinator:
         self.rounds = read_rounds(self.out)
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.asked: dict[int, dict[str, int]] = {}  # bytes of questions beside the rounds, by node
+        self.known = Known()
         self.unanswered: dict[str, dict[str, str]] = {}  # why, by question beside the rounds and by site
         self._failed: Callable[[dict[str, str]], None] = lambda reasons: self._left_out("online", reasons)
         self.grid = self._find_sites(grid)
@@ -167,20 +168,24 @@ class Coordinator:
     ) -> list[Message]:
         self._failed = lambda reasons: self._left_out(question, reasons)
         layouts = Layouts.of(order) if model else None
-        messages = [
-            Message(order_record(order, model, layouts, **more), dst_node_id=node, message_type=f"query.{question}")
-            for node in grid.get_node_ids()
-        ]
+        messages = []
+        for node in grid.get_node_ids():
+            sent = self.known.unsent(grid.names[node], model, layouts) if model and layouts else None
+            record = order_record(order, sent, layouts, **more)
+            messages.append(Message(record, dst_node_id=node, message_type=f"query.{question}"))
         for message in messages:  # counted now: sent, a message may be emptied
             sizes = self.asked.setdefault(message.metadata.dst_node_id, {"received": 0, "sent": 0})
             sizes["received"] += content_bytes(message.content)
         answers = grid.send_and_receive(messages, timeout=self.plan.timeout)
         for answer in answers:
             self.asked[answer.metadata.src_node_id]["sent"] += content_bytes(answer.content)
+        if model and layouts:
+            self.known.note(grid.answered, model, layouts)
         return answers
 
     def _left_out(self, question: str, reasons: dict[str, str]) -> None:
         self.unanswered.setdefault(question, {}).update(reasons)
+        self.known.forget(reasons)
         for site, reason in sorted(reasons.items()):
             log.warning("%s: %s left out: %s", question, site, reason)
 
@@ -234,7 +239,7 @@ class Coordinator:
             return
         order = self.order.model_copy(update={"scope": scope})
         model, layouts = self._model(order)
-        phase = SiteRounds(self.plan, order, layouts, model, first, len(self.training.names), self._note)
+        phase = SiteRounds(self.plan, order, layouts, model, first, len(self.training.names), self.known, self._note)
         checkpoint = self.out / CHECKPOINT
         if first <= done:
             if not checkpoint.exists():
@@ -286,7 +291,7 @@ class Coordinator:
             names = [item.name for item in fields(kind)]
             return reduce(add, [kind(*(array_of(answer, name) for name in names)) for answer in answers])
 
-        features = total(ClassSums, "class_sums", self._model(self.order)[0])
+        features = total(ClassSums, "class_sums", None)  # of the model that was evaluated: the sites have it
         reference = reference_of_sums(features.counts.sum(), features.sums.sum(0), features.products)
         temperature, bias = fit_scaling(lambda at: total(ScalingSums, "scaling_sums", None, parameters=at))
         counts = total(

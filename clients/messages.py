@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,31 @@ def order_record(order: Order, model: Model | None, layouts: Layouts | None, **m
         content[ARRAYS] = ArrayRecord({name: Array(array) for name, array in more.items()})
     content[CONFIG] = ConfigRecord(config)
     return content
+
+
+class Known:
+    """Which sites have the part of a model that is not trained, so that it is sent once."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
+
+    def unsent(self, site: str, model: Model, layouts: Layouts) -> Model:
+        """The model as this site has to get it: with `rest`, or without."""
+        return replace(model, rest=None) if self._digests.get(site) == _digest(model, layouts) else model
+
+    def note(self, sites: Iterable[str], model: Model, layouts: Layouts) -> None:
+        """These sites answered to a message with the model."""
+        self._digests |= dict.fromkeys(sites, _digest(model, layouts))
+
+    def forget(self, sites: Iterable[str]) -> None:
+        """These did not; who lost what it had gets it again."""
+        for site in sites:
+            self._digests.pop(site, None)
+
+
+def _digest(model: Model, layouts: Layouts) -> str:
+    assert model.rest is not None
+    return f"{layouts.rest.digest} {zlib.crc32(model.rest.tobytes())}"
 
 
 def read_order(content: RecordDict) -> Order:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, FedYogi, Krum, Strategy
 
 from clients.grid import SiteGrid
-from clients.messages import ARRAYS, METRICS, content_bytes, order_record, read_update
+from clients.messages import ARRAYS, METRICS, Known, content_bytes, order_record, read_update
 from clients.plan import Order, Plan
 from clients.privacy import next_clip, noised_mean
 from clients.scaffold import CONTROL, Scaffold
@@ -101,12 +101,13 @@ class SiteRounds(Strategy):
         model: The model to start from, with `rest`.
         first: Number of the first round of this phase, from 1.
         sites: How many sites may be drawn.
+        known: Who has `rest` already.
         on_round: Called with each finished round.
     """
 
     def __init__(
         self, plan: Plan, order: Order, layouts: Layouts, model: Model, first: int, sites: int,
-        on_round: Callable[[RoundRecord], None] = lambda record: None,
+        known: Known, on_round: Callable[[RoundRecord], None] = lambda record: None,
     ) -> None:  # fmt: skip
         self.plan, self.order, self.layouts = plan, order, layouts
         self.first, self._origin = first, first
@@ -115,7 +116,7 @@ class SiteRounds(Strategy):
         self.average: Model | None = None
         self.record = RoundRecord(first, order.scope)
         self._on_round = on_round
-        self._knows_rest: set[int] = set()
+        self._known = known
         self._began = 0.0
         self._names: dict[int, str] = {}
         self._grid: SiteGrid | None = None
@@ -128,6 +129,7 @@ class SiteRounds(Strategy):
     def failed(self, reasons: dict[str, str]) -> None:
         """Note sites that did not answer."""
         self.record.failed |= reasons
+        self._known.forget(reasons)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -148,11 +150,10 @@ class SiteRounds(Strategy):
         for message in messages:
             sent = message.content.array_records[ARRAYS]
             control = sent[CONTROL].numpy() if CONTROL in sent else None
-            rest = None if message.metadata.dst_node_id in self._knows_rest else self.model.rest
-            model = Model(self.model.weights, self.model.norm, rest, control)
+            site = self._names[message.metadata.dst_node_id]
+            model = self._known.unsent(site, replace(self.model, control=control), self.layouts)
             message.content = order_record(order, model, self.layouts)
             message.metadata.group_id = str(number)  # the round, for the audit logs
-            site = self._names[message.metadata.dst_node_id]
             self.record.sites[site] = {"received": float(content_bytes(message.content))}
         return messages
 
@@ -170,6 +171,7 @@ class SiteRounds(Strategy):
         good = self._read_sum(list(replies)) if self.plan.secure else self._without_giants(self._read(replies))
         for site in self.record.failed:
             self.record.sites.pop(site, None)
+        self._known.note(self.record.sites, self.model, self.layouts)
         if len(self.record.sites) < self.plan.min_sites:
             raise FederationError(
                 f"{len(self.record.sites)} sites answered round {self.record.round}; "
@@ -232,7 +234,6 @@ class SiteRounds(Strategy):
                 if confusion is not None and confusion.any():
                     seen = balanced_accuracy(confusion[None].astype(np.float64))
                     self.record.sites[site]["balanced_accuracy"] = float(seen[0])
-                self._knows_rest.add(reply.metadata.src_node_id)
             except WireError as error:
                 self.record.failed[site] = f"refused: {error}"
         return good
@@ -246,7 +247,6 @@ class SiteRounds(Strategy):
         images = sum(of_site["images"] for of_site in figures.values())
         update = update_of(replies[0].content, self.order, self.layouts, images)
         loss = {name: value for name, value in update.figures.items() if name == "loss"}
-        self._knows_rest |= {node for node, name in self._names.items() if name in figures}
         for site in list(self.record.sites):
             if site in figures:
                 self.record.sites[site] |= figures[site] | loss

@@ -186,18 +186,24 @@ class Site:
         return scale_losses(logits, self.data.labels("calibration"))
 
     def evaluate(self, order: Order, model: Model) -> dict[str, np.ndarray]:
-        """Counts of the final model on the test split; what it says of the calibration split is kept here for later.
+        """Counts of the final model on the test split; it and what it says of the calibration split are kept here.
 
         Returns:
             ``confusion`` int64 [7, 7], truth by prediction; ``hits`` and ``totals`` int64 [R, 7] in each resample of
             the site's lesions; ``lesions`` int64 [7].
         """
         network = self.network(order, model)
+        self.memory.keep("model", weights=model.weights, norm=model.norm)
         logits, features = self._predict(network, order, "calibration", views=order.recipe.input.views)
         self.memory.keep("final", logits=logits, features=features)
         logits, _ = self._predict(network, order, "test", views=order.recipe.input.views)
         self.memory.keep("test", logits=logits)
         return vars(count_test(predicted=logits.argmax(1), **self._test(order)))
+
+    def final_model(self) -> Model:
+        """The model that was evaluated; raises DataError if none was."""
+        final = self._final("model")
+        return Model(final["weights"], final["norm"])
 
     def reliability(self, order: Order, parameters: np.ndarray) -> Reliability:
         """How well the final model is calibrated on the test split, at log temperature and bias [8] of all sites."""

@@ -393,3 +393,25 @@ def test_a_run_finished_by_an_older_version_becomes_a_model(shards: Path, tmp_pa
     del result["copies"]
     (tmp_path / "result.json").write_text(json.dumps(result))
     assert load_bundle(save_model(plan)).bundle.input.copies is None
+
+
+def test_what_is_not_trained_is_sent_once_and_again_to_who_failed(shards: Path, tmp_path: Path) -> None:
+    """And the final model is sent once, for the test split and for the calibration."""
+    whole: list[tuple[str, str]] = []
+    weights_sent: list[str] = []
+
+    def watch(node: str, asked: Message, reply: Message) -> Message:
+        kind, arrays = asked.metadata.message_type, asked.content.array_records.get("arrays", {})
+        if "rest" in arrays:
+            whole.append((node, kind))
+        if "weights" in arrays:
+            weights_sent.append(kind)
+        if (node, kind, asked.metadata.group_id) == ("101", "train", "1"):
+            raise RuntimeError("power cut")
+        return reply
+
+    result, _ = run_here(a_plan(shards, tmp_path, rounds=2, scope="head", head="statistics"), spoil=watch)
+    others = [(node, "query.class_sums") for node in ("100", "101", "102", "103")]
+    assert sorted(whole) == sorted([*others, ("101", "train")])
+    assert set(result["rounds"][1]["sites"]) == set(SITES) and not result["unanswered"]
+    assert weights_sent.count("query.evaluate") == 4 and weights_sent.count("query.class_sums") == 4
