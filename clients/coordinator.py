@@ -119,7 +119,9 @@ class Coordinator:
         storage.write_bytes(self.out / WEIGHTS, save({k: v.numpy() for k, v in self.network.state_dict().items()}))
         sites = self._evaluate()
         calibration = None
-        if self.plan.dp in ("none", "central"):  # otherwise a site calibrates for itself, and no exact sum leaves it
+        # Else a site calibrates for itself: under noise no exact sum leaves it, and with its own normalisation its sums
+        # would be of another model than the one that is saved
+        if self.plan.dp in ("none", "central") and self.plan.norm != "local":
             calibration, reference = self._calibrate(calibration_images)
             storage.write_bytes(self.out / REFERENCE, save({"mean": reference.mean, "whitener": reference.whitener}))
             for site, found in self._reliability(calibration).items():

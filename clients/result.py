@@ -119,7 +119,7 @@ def save_model(plan: Plan) -> Path:
             origin="simulation" if plan.shards else "deployment", strategy=plan.strategy,
             sites=result["training_sites"], rounds=len(history), data=result["data"],
             plan_sha256=storage.sha256(json.dumps(result["plan"], sort_keys=True).encode()),
-            privacy=privacy,
+            privacy=privacy, run=plan.name,
         ),
     )  # fmt: skip
     copies = Copies.model_validate(result["copies"]) if result.get("copies") else None  # older runs do not say
@@ -131,7 +131,8 @@ def save_model(plan: Plan) -> Path:
     )  # fmt: skip
     calibrated = "Calibrated on sums of the sites' calibration splits"
     if bundle.calibration is None:
-        calibrated = "Not calibrated: sites do that on their own images (dermaflow calibrate)"
+        command = "dermaflow site model" if plan.norm == "local" else "dermaflow calibrate"
+        calibrated = f"Not calibrated: sites do that on their own images ({command})"
     card = (
         f"# {bundle.name}\n\nTrained by {plan.strategy} over {', '.join(result['training_sites'])}, "
         f"{len(history)} rounds. {calibrated}; not evaluated yet.\n"

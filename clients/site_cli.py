@@ -15,7 +15,7 @@ from clients.policy import approve as approve_app
 from clients.policy import load_policy
 from clients.site_config import AUDIT_NAME, SiteConfig, load_site, make_site
 from dermaflow.audit import entries
-from dermaflow.cli.console import command, console
+from dermaflow.cli.console import bars, command, console
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,29 @@ def status(site: SiteFolder = FOLDER) -> None:
         console.print(f"  {_line(entry)}", highlight=False, soft_wrap=True)
     last = log_entries[-1]["hash"] if log_entries else ""
     console.print(f"audit log: {len(log_entries)} entries, unbroken; last {last}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@command
+def model(
+    bundle: Annotated[str, typer.Argument(metavar="MODEL", help="Bundle of the run, from the coordinator.")],
+    out: Annotated[Path, typer.Option(help="Folder of this site's model.")],
+    site: SiteFolder = FOLDER,
+) -> None:
+    """This site's model of a run with norm=local: its own normalisation in the common model, calibrated on its images.
+
+    Example: dermaflow site model federated/model --out own-model
+    """
+    from clients.personal import personal_model
+
+    with bars() as show:
+        made = personal_model(bundle, site, out, progress=show)
+    shards = load_site(site).shards
+    console.print(
+        f"{out}: {made.bundle.name}, calibrated on this site's images\n"
+        f"next: dermaflow evaluate --model {out} --shards {shards} --out REPORT",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -136,6 +136,7 @@ class FederationRecord(_Strict):
     data: dict[str, str]  # data hash of each of them; in a simulation that of the divided shards
     plan_sha256: str  # of the plan in result.json, as JSON with sorted keys
     privacy: str | None = None  # what differential privacy guarantees, in words
+    run: str = ""  # under which its sites remember it; older bundles do not say
 
     def in_words(self) -> str:
         """One line for a card."""

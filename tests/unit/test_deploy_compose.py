@@ -34,6 +34,25 @@ def test_it_fits_the_schema_of_compose(name: str) -> None:
     assert list(jsonschema.Draft202012Validator(schema).iter_errors(found)), "the schema notices a misspelt key"
 
 
+def test_the_federation_s_hub_can_write_and_no_key_is_in_its_image() -> None:
+    found = read_compose(GIVEN, "../federation/compose.yaml")
+    root = FOLDER.parents[1]
+    for name, service in found["services"].items():
+        build = service["build"]
+        dockerfile = root / build["dockerfile"]
+        assert (FOLDER / "../federation" / build["context"]).resolve() == root and build["args"] == {
+            "EXTRAS": "federated"
+        }
+        ignored = dockerfile.with_name("Dockerfile.dockerignore").read_text().splitlines()
+        assert "*" in ignored and not [line for line in ignored if line.startswith(("!deploy/federation", "!certs"))]
+        assert service["read_only"] is True and service["cap_drop"] == ["ALL"], name
+    volume = next(v for v in found["services"]["hub"]["volumes"] if v.startswith("hub:")).split(":")[1]
+    assert f"install -d -o 10001 -g 10001 {volume}\n" in dockerfile.read_text()  # else a new volume is root's
+    assert f"--state {volume}/" in str(found["services"]["hub"]["command"])
+    head = (FOLDER / "../federation/compose.yaml").read_text().split("\nx-image")[0]
+    assert f"--name site-a --state {volume}/hub" in head
+
+
 def test_nothing_has_a_default_that_opens_a_door() -> None:
     with pytest.raises(Unset, match="DERMAFLOW_ADDRESS"):
         read_compose({})
