@@ -92,7 +92,7 @@ def run(
     """Make the plan, run it, show what came out."""
     local_only(Path(choices["out"]), "--out")
     from clients.matrix import comparisons
-    from clients.result import make_plan, save_model, table
+    from clients.result import left_out, make_plan, save_model, table
     from clients.simulation import simulate, submit_to_hub
 
     if threading.current_thread() is threading.main_thread():  # ended from outside, it stops what it started as well
@@ -116,12 +116,9 @@ def run(
     print_table(
         f"{plan.strategy}, {len(result['rounds'])} rounds, balanced accuracy on each site's test split", header, rows
     )
-    for record in result["rounds"]:
-        for name, reason in record["failed"].items():
-            console.print(f"round {record['round']}: without {name}: {reason}", markup=False)
-    for question, reasons in result.get("unanswered", {}).items():  # older runs do not say
-        for name, reason in reasons.items():
-            console.print(f"{question}: without {name}: {reason}", markup=False)
+    for name, reasons in left_out(result).items():
+        for reason, where in reasons.items():
+            console.print(f"without {name} in {where}: {reason}", markup=False, soft_wrap=True)
     if given := result["privacy"]:
         console.print(
             f"differential privacy of {given['unit']}: epsilon {given['epsilon']:.2f} at delta {given['delta']:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,6 +16,15 @@ from dermaflow.errors import FederationError
 
 POLL, LONGEST_POLL = 0.1, 1.0
 """Seconds between two looks for answers; Flower's own loop sleeps three."""
+
+
+def _said(reason: str | None) -> str | None:
+    """What a site answered in place of a result; Flower puts an exception as ``<class 'a.b.C'>:<'text'>``."""
+    found = re.fullmatch(r"<class '([\w.]+)'>:<'(.*)'>", reason or "", re.DOTALL)
+    if found is None:
+        return reason
+    name = found[1].rpartition(".")[2]
+    return found[2] if name == "Refused" else f"{name}: {found[2]}"
 
 
 class SiteGrid(Grid):
@@ -115,7 +125,7 @@ class SiteGrid(Grid):
                 number = reply.metadata.reply_to_message_id
                 waiting.discard(number)
                 if reply.has_error():
-                    reasons[site[number]] = reply.error.reason or f"error {reply.error.code}"
+                    reasons[site[number]] = _said(reply.error.reason) or f"error {reply.error.code}"
                 else:
                     answers.append(reply)
             if enough is None and len(answers) >= self._quorum * len(ids):

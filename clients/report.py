@@ -16,7 +16,7 @@ import numpy as np
 
 from clients.matrix import FIGURES, FinishedRun, counted, notes
 from clients.partition import POOLED
-from clients.result import data_hash, guarantee_in_words
+from clients.result import data_hash, guarantee_in_words, left_out, ranges
 from dermaflow import storage
 from dermaflow.evaluation import plots
 from dermaflow.evaluation.crosssite import Matrix, Row, calibration_error
@@ -127,8 +127,7 @@ def _sentences(run: FinishedRun, matrix: Matrix) -> list[str]:
     if alone:
         best = max(alone, key=lambda row: row.everything.balanced_accuracy.value or 0)
         sentences.append(f"The best site alone, {best.trained_on[0]}, reaches {said(best)}.")
-    parts = [record["failed"] for record in run.result["rounds"]] + [*run.result.get("unanswered", {}).values()]
-    if left := {site for part in parts for site in part}:
+    if left := left_out(run.result):
         sentences.append(f"Not at all times with {', '.join(sorted(left))}: the reasons stand below.")
     return sentences
 
@@ -183,14 +182,11 @@ def _participation(result: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
     for site in result["training_sites"]:
         there = [r["round"] for r in result["rounds"] if site in r["sites"]]
-        reasons: dict[str, list[int]] = {}
-        for record in result["rounds"]:
-            if site not in record["sites"]:
-                reasons.setdefault(record["failed"].get(site, "not drawn for the round"), []).append(record["round"])
-        missing = [f"round {_ranges(numbers)}: {reason}" for reason, numbers in reasons.items()]
-        unanswered = result.get("unanswered", {})  # older runs do not say
-        missing += [f"{question}: {reasons[site]}" for question, reasons in unanswered.items() if site in reasons]
-        if site not in result["sites"] and site not in unanswered.get("evaluate", {}):
+        missing = [f"{where}: {reason}" for reason, where in left_out(result).get(site, {}).items()]
+        others = [r["round"] for r in result["rounds"] if site not in r["sites"] and site not in r["failed"]]
+        if others:
+            missing.append(f"round {ranges(others)}: not drawn for the round")
+        if site not in result["sites"] and site not in result.get("unanswered", {}).get("evaluate", {}):
             missing.append("evaluate: no answer")
         seconds = [r["sites"][site]["seconds"] for r in result["rounds"] if "seconds" in r["sites"].get(site, {})]
         rows.append(
@@ -202,17 +198,6 @@ def _participation(result: dict[str, Any]) -> list[dict[str, str]]:
             }
         )
     return rows
-
-
-def _ranges(numbers: list[int]) -> str:
-    """``1, 3 to 5``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
 
 
 def _traffic(result: dict[str, Any]) -> list[list[str]]:

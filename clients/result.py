@@ -177,6 +177,34 @@ def tests_of(result: dict[str, Any]) -> dict[str, TestCounts]:
     }
 
 
+def left_out(result: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Why a site was not in rounds or in answers, and in which: ``{site: {reason: "round 1, 3 to 5, evaluate"}}``."""
+    rounds: dict[tuple[str, str], list[int]] = {}
+    questions: dict[tuple[str, str], list[str]] = {}
+    for record in result["rounds"]:
+        for pair in record["failed"].items():
+            rounds.setdefault(pair, []).append(record["round"])
+    for question, reasons in result.get("unanswered", {}).items():  # older runs do not say
+        for pair in reasons.items():
+            questions.setdefault(pair, []).append(question)
+    found: dict[str, dict[str, str]] = {}
+    for pair in [*rounds, *(pair for pair in questions if pair not in rounds)]:
+        where = [f"round {ranges(rounds[pair])}"] if pair in rounds else []
+        found.setdefault(pair[0], {})[pair[1]] = ", ".join([*where, *questions.get(pair, ())])
+    return found
+
+
+def ranges(numbers: list[int]) -> str:
+    """``1, 3 to 5``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
+
+
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: each site, and all together, with images, lesions and the 95 % interval over lesions."""
     tests = tests_of(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from federation_here import SITES, Spoil, a_plan, run_here, weights
 from flwr.app import Array, ConfigRecord, Message
 from tiny_data import tiny_shards
 
-from clients.result import save_model
+from clients.grid import _said
+from clients.result import left_out, save_model
 from clients.site_data import SiteData
 from dermaflow.bundles.bundle import load_bundle
 from dermaflow.errors import FederationError
@@ -74,6 +76,31 @@ def test_a_site_whose_answers_cannot_be_is_named_and_the_others_go_on(
     calibration = load_bundle(save_model(plan)).bundle.calibration
     parts = [SiteData(name, str(shards), "natural").labels("calibration") for name in good]
     assert calibration is not None and calibration.images == sum(map(len, parts))
+
+
+def test_a_reason_is_said_once_with_where_it_held() -> None:
+    rounds: list[dict[str, Any]] = [
+        {"round": n, "failed": {"west": "no"} if n != 3 else {"east": "late"}} for n in range(1, 7)
+    ]
+    result = {"rounds": rounds, "unanswered": {"describe": {"west": "no"}, "evaluate": {"west": "no", "east": "away"}}}
+    assert left_out(result) == {
+        "east": {"late": "round 3", "away": "evaluate"},
+        "west": {"no": "round 1 to 2, 4 to 6, describe, evaluate"},
+    }
+    assert left_out({"rounds": [{"round": 1, "failed": {}}]}) == {}  # an older run
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("<class 'clients.policy.Refused'>:<'strategy krum; expected 'fedavg'>'>", "strategy krum; expected 'fedavg'>"),
+        ("<class 'dermaflow.errors.DataError'>:<'no image\nat all'>", "DataError: no image\nat all"),
+        ("Error: Node Unavailable", "Error: Node Unavailable"),
+        (None, None),
+    ],
+)
+def test_an_error_of_a_site_is_put_plainly(reason: str | None, said: str | None) -> None:
+    assert _said(reason) == said
 
 
 def test_too_few_sites_that_can_be_believed_end_the_run(shards: Path, tmp_path: Path) -> None:
