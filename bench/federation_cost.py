@@ -3,13 +3,13 @@
     python bench/federation_cost.py deployed --shards SHARDS --weights FILE [--rounds 4]
     python bench/federation_cost.py growing --shards SHARDS --weights FILE [--sites 4 8 16 32]
     python bench/federation_cost.py bytes
-    python bench/federation_cost.py head --shards SHARDS --weights FILE [--rounds 20]
+    python bench/federation_cost.py head --shards SHARDS --weights FILE --rounds 11
 
 deployed: three sites as processes on loopback, each with all the shards given, one epoch a round; ours with TLS, keys,
 policy and audit logs, in float32 and with precision=bfloat16, then stock Flower (`bench/stock_flower_app`: state dict,
 FedAvg) without any of it. Overhead of a round: its wall time less the slowest site's own training. The first round, in
-which everything starts, is left out. growing: a simulation; the same images among more and more sites. head: rounds of
-FedAvg on the head beside the head from class sums.
+which everything starts, is left out. growing: a simulation; the same images among more and more sites. head: the head
+from class sums beside rounds of FedAvg on the head at three rates, every class weighed alike.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ from dermaflow.ports import free_port, free_ports
 HERE = Path(__file__).parent
 CERTIFICATES = HERE.parent / "deploy/federation/make_certificates.sh"
 SITES = 3
+RATES = (1e-3, 3e-3, 1e-2)
+"""Of the head, for `head`; constant within a round, a cosine over the rounds."""
 
 
 def main() -> None:
@@ -201,22 +203,34 @@ def growing(recipe: Recipe, shards: Path, scratch: Path, chosen: argparse.Namesp
 
 
 def head(recipe: Recipe, shards: Path, scratch: Path, chosen: argparse.Namespace) -> None:
-    """One exchange of class sums against rounds of FedAvg, both for the head on a frozen backbone."""
-    common = {
-        "recipe": recipe.model_dump_json(), "shards": str(shards), "scope": "head", "loss": "adjusted", "resamples": 1,
-    }  # fmt: skip
-    simulate(Plan(**common, head="statistics", rounds=1, out=str(scratch / "sums")))  # type: ignore[arg-type]
-    simulate(Plan(**common, rounds=chosen.rounds, out=str(scratch / "rounds")))  # type: ignore[arg-type]
+    """One exchange of class sums against rounds of FedAvg at several rates, both for the head on a frozen backbone."""
+    common = {"shards": str(shards), "scope": "head", "resamples": 1}
+    sums = Plan(
+        **common,
+        recipe=recipe.model_dump_json(),
+        loss="adjusted",
+        head="statistics",
+        rounds=1,
+        out=str(scratch / "sums"),
+    )  # type: ignore[arg-type]
+    simulate(sums)
     aim = read_rounds(scratch / "sums")[0]["balanced_accuracy"]  # of the model that the round began with
     width = empty_network(recipe.backbone).head.in_features
-    print(f"class sums: balanced accuracy {aim:.3f} on the calibration splits after one exchange of")
-    print(f"{8 * (7 + 7 * width + width**2) / 1e6:.1f} MB up a site")
-    sent = 0.0
-    for row in read_rounds(scratch / "rounds"):
-        print(
-            f"FedAvg before round {row['round']}: {row['balanced_accuracy']:.3f}, {sent / 1e3:.0f} kB up a site so far"
-        )
-        sent += statistics.mean(site["sent"] for site in row["sites"].values())
+    print("balanced accuracy on the calibration splits\n")
+    looks = sorted({2, 1 + chosen.rounds // 2, chosen.rounds})
+    print(f"| way | {' | '.join(f'after {look - 1}' for look in looks)} | MB up a site |\n|{'---|' * (len(looks) + 2)}")
+    once = 8 * (7 + 7 * width + width**2) / 1e6
+    print(f"| class sums, one exchange | {aim:.3f} |{' |' * (len(looks) - 1)} {once:.1f} |")
+    balance = recipe.balance.model_copy(update={"power": 1.0})  # as the sums: every class the same
+    for rate in RATES:
+        own = recipe.model_copy(
+            update={"optim": recipe.optim.model_copy(update={"head_lr": rate}), "balance": balance}
+        ).model_dump_json()
+        simulate(Plan(**common, recipe=own, rounds=chosen.rounds, out=str(scratch / f"{rate}")))  # type: ignore[arg-type]
+        rows = {row["round"]: row for row in read_rounds(scratch / f"{rate}")}
+        sent = sum(statistics.mean(site["sent"] for site in row["sites"].values()) for row in rows.values())
+        seen = " | ".join(f"{rows[look]['balanced_accuracy']:.3f}" for look in looks)
+        print(f"| FedAvg, rate {rate:g} | {seen} | {sent / 1e6:.2f} |", flush=True)
 
 
 def show_bytes() -> None:
