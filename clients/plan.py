@@ -134,7 +134,7 @@ class Plan(BaseModel):
         description="Simulation only: natural (HAM10000's sources), iid:N or dirichlet:ALPHA:N; with +pooled, one more "
         "site that holds everything.",
     )
-    only: str = Field("", description="Simulation only: the sites that train, comma-separated; all are evaluated.")
+    only: str = Field("", description="The sites that train, comma-separated, by default all; all are evaluated.")
     out: str = Field(description="Folder of the result, on the coordinator's machine.")
 
     @model_validator(mode="after")
