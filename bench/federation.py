@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=[64, 88], help="Height and width of the input.")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", help="Only these, pooled first, where accuracy compares with it.")
     parser.add_argument("--gpus", type=float, default=0.0)
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/federation"))
@@ -81,6 +82,7 @@ def main() -> None:
     methods = METHODS | {f"{site} alone": Method({"only": site} | SMOOTH, {}) for site in natural}
     if chosen.what == "ablation":
         methods, chosen.seeds = ABLATION, chosen.seeds[:1]
+    methods = {name: methods[name] for name in chosen.methods or methods}
     jobs = [(name, seed) for seed in chosen.seeds for name in methods]
     with ThreadPoolExecutor(chosen.parallel) as pool:
         list(pool.map(lambda job: _run(job[0], methods[job[0]], job[1], chosen), jobs))
