@@ -37,7 +37,7 @@ def sweep(
     Example: dermaflow sweep batch.yaml --shards runs/shards --out runs/sweeps
     """
     from dermaflow.experiments.sweep import load_sweep, run_sweep
-    from dermaflow.experiments.table import FIGURES, compare, compare_sources, write_table
+    from dermaflow.experiments.table import FIGURES, compare, compare_sources, write_runs, write_table
 
     plan = load_sweep(file)
     with bars() as show:
@@ -53,4 +53,6 @@ def sweep(
     ]
     print_table(plan.question, ["variant", *FIGURES, "minutes"], rows)
     page, plot = write_table(plan, found, compare_sources(plan, places, resamples), file.stem, out)
+    everything, curves = write_runs(out)
     console.print(f"with intervals and differences: {page}, {plot}", soft_wrap=True)
+    console.print(f"all runs of {out} and their losses: {everything}, {curves}", soft_wrap=True)

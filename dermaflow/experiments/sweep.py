@@ -66,9 +66,16 @@ class Sweep(BaseModel):
         """The recipe of a trial.
 
         Raises:
-            RecipeError: A change names no key, or has an impossible value.
+            RecipeError: A change names no key, or has an impossible value; or the recipe is not one network's.
         """
-        return load_recipe(self.recipe, self.variants[variant] | {"validation_fold": fold, "seed": seed})
+        recipe = load_recipe(self.recipe, self.variants[variant] | {"validation_fold": fold, "seed": seed})
+        for key, what in (("members", "an ensemble"), ("distillation", "a taught network")):
+            if getattr(recipe, key):
+                raise RecipeError(
+                    f"{what} is no trial", where=f"{variant}: {key}", expected="one network, taught by labels",
+                    todo="try the members one by one; dermaflow train makes the whole",
+                )  # fmt: skip
+        return recipe
 
 
 class Record(BaseModel):

@@ -22,6 +22,8 @@ from dermaflow.experiments.sweep import PREDICTIONS_NAME, RECORD_NAME, Record, S
 from dermaflow.preparation.reading import labels_of
 from dermaflow.taxonomy import CODES
 
+MANY = 12
+"""Runs up to which each is named in a plot of all."""
 FIGURES = ("accuracy", "balanced accuracy", "macro AUC", "log loss")
 
 
@@ -127,6 +129,65 @@ def write_table(
     with storage.open_atomic(plot) as stream:
         _plot(variants).savefig(stream, format="png", dpi=110)
     return page, plot
+
+
+def write_runs(out: Path) -> tuple[Path, Path]:
+    """Write ``runs.md`` and ``runs.png``: every trial of a folder, of whichever sweep, and how its losses went.
+
+    Returns:
+        Both paths.
+    """
+    found = []
+    for place in (out / "trials").iterdir():
+        if (place / RECORD_NAME).exists():
+            found.append((Record.model_validate_json((place / RECORD_NAME).read_bytes()), place))
+    found.sort(key=lambda pair: (pair[0].started, pair[1].name))
+    recipes = pd.json_normalize([record.recipe for record, _ in found]).astype(str)
+    flat = [{str(key): str(value) for key, value in recipe.items()} for recipe in recipes.to_dict("records")]
+    skipped = {"name", "description", "seed", "validation_fold"}
+    varied = [str(key) for key in recipes if recipes[key].nunique() > 1 and key not in skipped]
+    lines = [
+        "# All runs", "",
+        "One trial a line, on the images that it held out; figures of one trial, without interval. What is the same in "
+        "all recipes is left out.", "",
+        f"| run | started | data | weights | fold | seed | minutes | {' | '.join([*FIGURES, *varied])} |",
+        "|---|" + "---|" * (6 + len(FIGURES) + len(varied)),
+    ]  # fmt: skip
+    for (record, place), recipe in zip(found, flat, strict=True):
+        table = pd.read_parquet(place / PREDICTIONS_NAME)
+        figures = [f"{row[0]:.3f}" for row in _measure(table, np.ones((1, len(table))))]
+        cells = [
+            place.name[:8], record.started[:16], record.data_hash[:12], _short(record.initial_weights),
+            str(record.fold), str(record.seed), f"{record.seconds / 60:.1f}", *figures, *(recipe[key] for key in varied),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "![Loss in training and on the held-out images](runs.png)"]
+    storage.write_bytes(out / "runs.md", ("\n".join(lines) + "\n").encode())
+    with storage.open_atomic(out / "runs.png") as stream:
+        _curves(found).savefig(stream, format="png", dpi=110)
+    return out / "runs.md", out / "runs.png"
+
+
+def _short(weights: str) -> str:
+    """A file's name and the first digits of its hash."""
+    name, _, digest = weights.partition(" ")
+    return f"{name} {digest[:8]}".rstrip()
+
+
+def _curves(found: list[tuple[Record, Path]]) -> Figure:
+    """Losses by epoch, a line a trial."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, (key, title) in zip(
+        figure.subplots(1, 2), {"loss": "training", "val_loss": "held out"}.items(), strict=True
+    ):
+        for record, place in found:
+            points = [(entry["epoch"], entry[key]) for entry in record.history if key in entry]
+            axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=place.name[:8])
+        axes.set(title=f"loss, {title}", xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if len(found) <= MANY:
+            axes.legend(fontsize=7)
+    return figure
 
 
 def _rows(variants: list[Variant]) -> list[str]:

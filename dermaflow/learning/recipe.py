@@ -97,6 +97,9 @@ class Recipe(BaseModel):
         unused: dict[str, Any] = {key: True for key in optional if not getattr(self, key)}
         unused |= {"split": True, "bootstrap": True}
         unused["augment"] = {key for key in ("sharpness", "noise") if not getattr(self.augment, key)}
+        unused["optim"] = {
+            key for key, usual in (("trained", "all"), ("freeze_norm", False)) if getattr(self.optim, key) == usual
+        }
         return hashlib.sha256(self.model_dump_json(exclude=unused).encode()).hexdigest()
 
     def starting_from(self, weights: Path | None) -> Recipe:

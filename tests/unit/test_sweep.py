@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from dermaflow.cli.main import app
 from dermaflow.errors import DataError, RecipeError
 from dermaflow.experiments.sweep import Record, load_sweep, run_sweep, run_trial, trial_folder
-from dermaflow.experiments.table import compare, compare_sources
+from dermaflow.experiments.table import compare, compare_sources, write_runs
 from dermaflow.preparation.reading import ShardFolder, labels_of
 from dermaflow.taxonomy import CODES
 
@@ -72,6 +73,23 @@ def test_the_command_leaves_a_page_and_a_plot(out: Path) -> None:
     page = (out / "rates.md").read_text()
     assert "| usual |" in page and "optim.lr" in page and "(rates.png)" in page
     assert (out / "rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_runs_of_the_folder_stand_in_one_table(file: Path, shards: str, out: Path, tmp_path: Path) -> None:
+    """Of this sweep and of another, with what tells their recipes apart."""
+    shutil.copytree(out, tmp_path / "out")
+    sweep = load_sweep(file).model_copy(update={"variants": {"larger steps": {"optim.batch_size": 4}}, "folds": [0]})
+    run_sweep(sweep, shards, tmp_path / "out")
+    page, plot = write_runs(tmp_path / "out")
+    lines = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert [line[-2:] for line in lines] == [
+        ["optim.batch_size", "optim.lr |"], ["8", "0.003 |"], ["8", "0.0003 |"], ["8", "0.003 |"], ["8", "0.0003 |"],
+        ["4", "0.003 |"],
+    ]  # fmt: skip
+    table = pd.read_parquet(sorted((tmp_path / "out/trials").iterdir())[0] / "predictions.parquet")
+    accuracy = (table[[f"p_{code}" for code in CODES]].to_numpy().argmax(1) == labels_of(table["dx"])).mean()
+    assert f"{accuracy:.3f}" in {line[7] for line in lines}
+    assert (out / "runs.md").exists() and plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_sources_are_shown_each_alone(file: Path, shards: str, tmp_path: Path) -> None:
@@ -164,6 +182,8 @@ def test_figures_are_those_of_scikit_learn_and_differences_are_paired(file: Path
         ({"variants": {}}, "variants"),
         ({"recipe": "ham10000-cup"}, "ham10000-cpu"),
         ({"fold": 3}, "fold"),
+        ({"recipe": "ham10000-best"}, "members: an ensemble is no trial"),
+        ({"recipe": "ham10000-distilled"}, "distillation: a taught network is no trial"),
     ],
 )
 def test_a_wrong_sweep_is_refused_before_anything_is_trained(
