@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dermaflow.evaluation.figures import Evaluation
 from dermaflow.evaluation.wording import number, percent
+from dermaflow.learning.recipe import shipped_recipes
 from dermaflow.schemas.bundle import Bundle
 from dermaflow.taxonomy import DIAGNOSES
 
@@ -71,6 +72,7 @@ def card_sections(
         ),
         Section("How it was made", (), _making_facts(bundle)),
         Section("Recipe", (), (), json.dumps(bundle.training.recipe, indent=2, sort_keys=True)),
+        *([] if bundle.training.federation else [Section("Made with", (), (), making_commands(bundle))]),
         *([Section("Measured with", (), (), command)] if command else []),
     ]
 
@@ -118,6 +120,21 @@ def _figure_facts(evaluation: Evaluation) -> tuple[tuple[str, str], ...]:
             ("melanoma specificity at the melanoma-safe point", percent(safe.specificity)),
         ]
     return (*facts, ("expected calibration error", number(population.calibration.ece)))
+
+
+def making_commands(bundle: Bundle) -> str:
+    """The commands that make such a model again from a data set; ``recipe.yaml`` is what stands in the card."""
+    training = bundle.training
+    recipe = training.recipe_name if training.recipe_name in shipped_recipes() else "recipe.yaml"
+    train = f"dermaflow train --shards shards --recipe {recipe} --set seed={training.seed} --out model"
+    if training.initial_weights not in (None, "none", "imagenet"):
+        train += f" --weights {training.initial_weights}"
+    if training.recipe.get("distillation"):
+        train += " --teacher TEACHER"
+    commands = ["dermaflow prepare --data DATA --out shards", train]
+    if bundle.made_small_from:
+        commands.append(f"dermaflow models shrink model --out small --name {bundle.name}")
+    return "\n".join(commands)
 
 
 def _making_facts(bundle: Bundle) -> tuple[tuple[str, str], ...]:

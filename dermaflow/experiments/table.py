@@ -158,7 +158,8 @@ def write_runs(out: Path) -> tuple[Path, Path]:
         figures = [f"{row[0]:.3f}" for row in _measure(table, np.ones((1, len(table))))]
         cells = [
             place.name[:8], record.started[:16], record.data_hash[:12], _short(record.initial_weights),
-            str(record.fold), str(record.seed), f"{record.seconds / 60:.1f}", *figures, *(recipe[key] for key in varied),
+            str(record.fold), str(record.seed), f"{record.seconds / 60:.1f}", *figures,
+            *(recipe[key] for key in varied),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "![Loss in training and on the held-out images](runs.png)"]

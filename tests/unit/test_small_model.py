@@ -15,7 +15,9 @@ from tiny_bundle import a_bundle, a_calibration
 from dermaflow.bundles.bundle import load_bundle, save_bundle
 from dermaflow.bundles.small import make_small, shipped_model
 from dermaflow.errors import BundleError
+from dermaflow.evaluation.card import making_commands
 from dermaflow.learning.backbones import BackboneConfig, build
+from dermaflow.learning.recipe import Recipe
 from dermaflow.scoring.predictor import Predictor
 from dermaflow.trust.ood import make_reference, ood_score
 
@@ -69,6 +71,18 @@ def test_the_model_that_comes_along_is_whole_small_and_says_what_it_is() -> None
     assert model.bundle.calibration is not None and model.bundle.calibration.ood is not None
     assert model.bundle.made_small_from is not None and "CC BY-NC 4.0" in model.card
     assert model.bundle.metrics is not None and model.bundle.metrics["accuracy"] > 0.8
+    training = model.bundle.training
+    assert Recipe.model_validate(training.recipe).digest == training.recipe_hash  # whatever keys were added since
+    assert making_commands(model.bundle).replace("\n", "\n    ") in model.card
+
+
+@pytest.mark.parametrize("name", ["ham10000-cpu", "another"])
+def test_a_card_says_the_commands_that_make_the_model(name: str) -> None:
+    bundle = load_bundle(shipped_model()).bundle
+    training = bundle.training.model_copy(update={"recipe_name": name, "seed": 3, "initial_weights": "none"})
+    made = making_commands(bundle.model_copy(update={"training": training, "made_small_from": None})).splitlines()
+    recipe = name if name == "ham10000-cpu" else "recipe.yaml"
+    assert made[1:] == [f"dermaflow train --shards shards --recipe {recipe} --set seed=3 --out model"]
 
 
 def test_noise_is_not_assessed_by_it() -> None:
