@@ -43,14 +43,17 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcome(shards: Path, out: Path, strategy: str) -> float:
-    """Balanced accuracy on the test splits of the sites whose labels are right."""
+    """Balanced accuracy on the test splits of the sites whose labels are right.
+
+    Seeds 0 and 1 gave 0.29 and 0.14 for fedavg, and 0.86 or more for krum and trimmed_mean.
+    """
     recipe = a_recipe(lr=0.002).model_dump() | {
         "input": {"height": 16, "width": 16}, "backbone": {"name": "seed_cnn", "dropout": 0.0},
         "augment": dict.fromkeys(AugmentConfig.model_fields, 0),
     }  # fmt: skip
     plan = a_plan(
         shards, out, recipe=type(a_recipe()).model_validate(recipe), strategy=strategy, rounds=6, decay="none",
-        resamples=1,
+        resamples=1, seed=2,
     )  # fmt: skip
     result, _ = run_here(plan)
     assert not any(record["failed"] for record in result["rounds"])
@@ -74,4 +77,4 @@ def test_a_robust_strategy_holds_against_a_large_site_with_wrong_labels(
     poisoned: Path, plain: float, tmp_path: Path, strategy: str
 ) -> None:
     found = outcome(poisoned, tmp_path, strategy)
-    assert found > 0.75 and found > plain + 0.4
+    assert found > 0.8 and found > plain + 0.5
