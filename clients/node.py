@@ -143,6 +143,8 @@ def _explained(state: dict[str, Any]) -> str:
         return f" as node {state['node_id']}"
     if not (reason := state.get("reason", "")):
         return ""
+    if "timed out" in reason.lower():
+        return ": the hub took the connection and said nothing; run dermaflow site check"
     if "certificate" in reason.lower() or "ssl" in reason.lower():
         return ": the hub's certificate does not hold; run dermaflow site check"
     if "2004" in reason or "activat" in reason.lower():

@@ -29,6 +29,7 @@ DIED = "the app was ended by"
 UNANSWERED = (DIED, "ClientApp task failed due to unknown reason")
 """How a task's details begin when its app ended without an answer: by a signal, or asked to end."""
 LONGEST_RETRY = 3.0  # seconds between two tries while the hub is away; Flower waits up to 20
+BAD_SIGNATURE = "401: the hub takes no signature of this site; is this machine's clock right, the key still registered?"
 HEARTBEAT = 15  # seconds; the hub takes a site for gone after twice that. Flower has 30; the least it allows is 10
 
 
@@ -165,6 +166,7 @@ def _tell_failures(folder: Path) -> None:
     import flwr.supernode.fleet_http_connection as connection
     from flwr.common.constant import SubStatus
     from flwr.supercore.constant import TaskType
+    from flwr.supercore.retry import http_retry
     from flwr.supernode.nodestate import in_memory_nodestate as states
 
     leave: Callable[..., Any] = connection.flwr_exit
@@ -174,6 +176,14 @@ def _tell_failures(folder: Path) -> None:
         leave(code, message, *args, **options)
 
     connection.flwr_exit = tell_and_leave  # type: ignore[assignment]
+    unsaid = types.SimpleNamespace(**vars(os))
+
+    def tell_and_kill(process: int, number: int) -> None:
+        write_state(folder, state="refused", reason=BAD_SIGNATURE)
+        os.kill(process, number)
+
+    unsaid.kill = tell_and_kill  # at the hub's 401 Flower interrupts itself without a word
+    http_retry.os = unsaid  # type: ignore[attr-defined]
     finish, expire = states.InMemoryNodeState.finish_task, states.InMemoryNodeState._on_task_tokens_expired
 
     def finish_and_answer(self: Any, task_id: int, sub_status: str, details: str) -> bool:
