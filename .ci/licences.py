@@ -23,8 +23,8 @@ What `deploy/constraints.txt` pins, with the licence that each package states of
 installation, and a test holds names and versions to the pins. DermaFlow comes with none of them: `pip` fetches them. Of
 HAM10000 see the [README](../README.md).
 
-The model that comes along (`dermaflow/bundles/shipped`) was trained on HAM10000, CC BY-NC 4.0, and is to be treated alike:
-not for commercial use. Its first weights were MobileNetV2's of the ONNX Model Zoo, Apache 2.0.
+The model that comes along (`dermaflow/bundles/shipped`) was trained on HAM10000, CC BY-NC 4.0, and is to be treated
+alike: not for commercial use. Its first weights were MobileNetV2's of the ONNX Model Zoo, Apache 2.0.
 
 Read the terms of those marked * before passing on an image that holds them: they are copyleft or not open.
 
