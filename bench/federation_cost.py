@@ -9,7 +9,7 @@ deployed: three sites as processes on loopback, each with all the shards given, 
 policy and audit logs, in float32 and with precision=bfloat16, then stock Flower (`bench/stock_flower_app`: state dict,
 FedAvg) without any of it. Overhead of a round: its wall time less the slowest site's own training. The first round, in
 which everything starts, is left out. growing: a simulation; the same images among more and more sites. head: the head
-from class sums beside rounds of FedAvg on the head at three rates, every class weighed alike.
+from class sums beside rounds of FedAvg on the head at two rates, every class weighed alike.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from dermaflow.ports import free_port, free_ports
 HERE = Path(__file__).parent
 CERTIFICATES = HERE.parent / "deploy/federation/make_certificates.sh"
 SITES = 3
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3)
 """Of the head, for `head`; constant within a round, a cosine over the rounds."""
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from federation_processes import Federation, family, federation, kill_all
 from tiny_data import draw, prepare_here
 from waiting import until
 
+from clients.hub import ask_hub
 from clients.node import read_state
-from clients.site_checks import installed_app
+from clients.plan import Plan
+from clients.site_checks import fab_hash, installed_app
 from dermaflow.audit import entries, verify
 from dermaflow.bundles.bundle import load_bundle
 
@@ -114,6 +118,57 @@ def test_hospitals_add_up_under_masks(here: Path, fed: Federation, tmp_path: Pat
     result, _ = result_of(process, out, 800)
     assert sorted(result["rounds"][0]["sites"]) == sorted(SITES) and not result["rounds"][0]["failed"]
     assert result["calibration"]["images"] > 0
+
+
+SPOILED = """\
+import numpy as np
+from flwr.app import Array
+
+import clients.client_app as site
+from clients.client_app import app
+
+honest = site.update_record
+
+
+def spoil(update, order, layouts, name):
+    record = honest(update, order, layouts, name)
+    if name == "south":
+        arrays = record.array_records["arrays"]
+        delta = arrays["delta"].numpy() * np.float32(100 if order.round == 3 else 1)
+        if order.round == 1:
+            delta[5] = np.nan
+        arrays["delta"] = Array(delta[:-1] if order.round == 2 else delta)
+    return record
+
+
+site.update_record = spoil
+"""
+
+
+def test_what_a_hospital_sends_is_not_believed(here: Path, fed: Federation, tmp_path: Path) -> None:
+    """NaN, another shape, a hundred times too much: named and left out in its round, and the others go on."""
+    app = shutil.copytree(
+        str(resources.files("clients") / "app"), tmp_path / "app", ignore=shutil.ignore_patterns("__p*")
+    )
+    (app / "dermaflow_federated/client_app.py").write_text(SPOILED)
+    for name in SITES:
+        policy = yaml.safe_load((fed.folder / name / "policy.yaml").read_text())
+        policy["approved_apps"].append(fab_hash(app))
+        (fed.folder / name / "policy.yaml").write_text(yaml.safe_dump(policy))
+    named = ",".join(f"{name}={fed.ids[name]}" for name in ("north", "south", "east"))
+    plan = Plan(
+        recipe=a_recipe().model_dump_json(), rounds=3, sites=named, out=str(tmp_path / "out"), name="spoiled",
+        resamples=5,
+    )  # fmt: skip
+    choices = "".join(f"{key} = {json.dumps(value)}\n" for key, value in plan.run_config().items())
+    (tmp_path / "run.toml").write_text(choices)
+    ask_hub(fed.state, "run", str(app), "hub", "--run-config", str(tmp_path / "run.toml"))
+    until((tmp_path / "out/result.json").exists, 200)
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    for record, reason in zip(result["rounds"], ("NaN", "shape", "times as long as the median"), strict=True):
+        assert list(record["failed"]) == ["south"] and reason in record["failed"]["south"]
+        assert sorted(record["sites"]) == ["east", "north"]
+    assert sorted(result["sites"]) == ["east", "north", "south"] and not result["unanswered"]
 
 
 def test_hospitals_train_while_one_is_killed_and_one_refuses(here: Path, fed: Federation, tmp_path: Path) -> None:
