@@ -125,8 +125,8 @@ import numpy as np
 from flwr.app import Array
 
 import clients.client_app as site
-from clients.client_app import app
 
+app = site.app
 honest = site.update_record
 
 
