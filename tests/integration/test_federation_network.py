@@ -12,7 +12,6 @@ import re
 import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +24,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from cryptography.hazmat.primitives import serialization as form
+from cryptography.hazmat.primitives.asymmetric import ec
 from federation_here import a_recipe
 from federation_processes import Federation, family, federation, write_app
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -53,10 +53,11 @@ def fed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         policy = folder / "policy.yaml"
         text = re.sub(r"(?m)^allowed_strategies: .*$", "allowed_strategies: [fedavg]", policy.read_text())
         policy.write_text(text.replace("max_rounds: 100", "max_rounds: 5"))
-        here.make("early")
+        for name in ("early", "forged"):
+            here.make(name)
         here.wait_for_hub()
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(here.register, ("site-a", "early")))
+            list(pool.map(here.register, ("site-a", "early", "forged")))
         here.join("site-a", preload=("clients.client_app",))
         online(folder)
         yield here
@@ -139,7 +140,7 @@ def call_hub(fed: Federation, call: str, message: Any, *, key: Path, claims: Pat
     """Status of a site's call that a key signed, at a time that is ahead, under the name of another site's key."""
 
     def private(path: Path) -> Any:
-        return load_ssh_private_key(path.read_bytes(), None)
+        return form.load_ssh_private_key(path.read_bytes(), None)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signing, "now", lambda: datetime.now(UTC) + timedelta(seconds=ahead))
@@ -346,9 +347,16 @@ def test_a_silent_port_is_no_bad_certificate() -> None:
 # Keys
 
 
+def new_key(path: Path) -> Path:
+    """A private key of the right kind that the hub has never seen."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    path.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.OpenSSH, form.NoEncryption()))
+    return path
+
+
 def test_a_registered_key_beside_another_private_one_opens_nothing(fed: Federation) -> None:
-    folder = fed.make("forged")
-    shutil.copy(fed.folder / "site-a/key.pub", folder / "key.pub")
+    folder = fed.folder / "forged"
+    new_key(folder / "key")
     fed.join("forged")
     state = until(lambda: (s := read_state(folder)).get("state") == "refused" and s, 40)
     assert "2004" in state["reason"]
@@ -360,10 +368,7 @@ def test_a_registered_key_beside_another_private_one_opens_nothing(fed: Federati
 @pytest.mark.parametrize("signer", ["site-a", "forger"])
 def test_a_signature_of_another_key_is_refused(fed: Federation, tmp_path: Path, signer: str) -> None:
     """Who knows a site's public key, which is no secret, cannot speak for the site."""
-    key = fed.folder / "site-a/key"
-    if signer == "forger":
-        key = tmp_path / "key"
-        subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", key], check=True)
+    key = fed.folder / "site-a/key" if signer == "site-a" else new_key(tmp_path / "key")
     beat = SendNodeHeartbeatRequest(node=Node(node_id=int(fed.ids["site-a"])), heartbeat_interval=15)
     found = call_hub(fed, "SendNodeHeartbeat", beat, key=key, claims=fed.folder / "site-a/key")
     assert found == (200 if signer == "site-a" else 401)
