@@ -184,6 +184,7 @@ def _tell_failures(folder: Path) -> None:
 
     unsaid.kill = tell_and_kill  # at the hub's 401 Flower interrupts itself without a word
     http_retry.os = unsaid  # type: ignore[attr-defined]
+    connection.os = unsaid  # type: ignore[attr-defined]  # likewise when a heartbeat is not taken
     finish, expire = states.InMemoryNodeState.finish_task, states.InMemoryNodeState._on_task_tokens_expired
 
     def finish_and_answer(self: Any, task_id: int, sub_status: str, details: str) -> bool:
