@@ -8,20 +8,27 @@ import signal
 import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from federation_processes import MAKE_CERTIFICATES, Federation, family, federation, kill_all, rounds, write_app
+from federation_processes import (
+    MAKE_CERTIFICATES,
+    Federation,
+    family,
+    federation,
+    kill_all,
+    rounds,
+    serve_tls,
+    write_app,
+)
 from typer.testing import CliRunner
 from waiting import until
 
@@ -247,26 +254,6 @@ def test_the_hub_leaves_no_process_and_tells_when_it_is_not_there(fed: Federatio
         ask_hub(fed.state, "list", "hub")
     for log in [fed.state / "audit.jsonl", *(fed.folder / name / "audit.jsonl" for name in NAMES)]:
         assert verify(log)
-
-
-def serve_tls(certificates: Path, host: str) -> ThreadingHTTPServer:
-    """Something that looks like a hub."""
-
-    class Health(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer((host, 0), Health)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates / "server.crt", certificates / "server.key")
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
 
 
 def expire(certificates: Path) -> None:
