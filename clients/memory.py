@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,3 @@ class Memory:
         if kept is None:
             self.keep("run", digest=mine)
         return kept is None or np.array_equal(kept["digest"], mine)
-
-    def forget(self) -> None:
-        """Remove everything of the run."""
-        shutil.rmtree(self._folder, ignore_errors=True)

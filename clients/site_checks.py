@@ -41,7 +41,7 @@ class HubView:
 
     status: int  # of GET /health
     certificate_ends: datetime
-    ahead: float  # seconds that this machine's clock is ahead of the hub's; known to a second
+    ahead: float | None  # seconds that this machine's clock is ahead of the hub's, known to a second; None: not told
 
 
 def check_site(folder: str | Path) -> Iterator[Check]:
@@ -75,7 +75,7 @@ def _tried(name: str, look: Callable[[], str]) -> Check:
 def _key(site: SiteConfig) -> str:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
 
     todo = "make a new site with dermaflow site init and send its public key to the coordinator"
     try:
@@ -88,6 +88,10 @@ def _key(site: SiteConfig) -> str:
         raise SiteError(
             f"mode {mode:o}", where=site.key, expected="600: no others may read it", todo=f"chmod 600 {site.key}"
         )
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    sent = site.key.with_suffix(".pub")
+    if sent.exists() and sent.read_bytes().split()[:2] != public.split():
+        raise SiteError("not the public half of the key", where=sent, todo=todo)
     return f"{key.curve.name}, only this user reads it"
 
 
@@ -155,6 +159,9 @@ def _hub(site: SiteConfig) -> Iterator[Check]:
         "hub's certificate",
         lambda: f"for {site.host}, " + _until(view.certificate_ends, site.superlink, "tell the coordinator"),
     )
+    if view.ahead is None:
+        yield Check("clock", True, "cannot be compared: what answers at the hub's address does not say its time")
+        return
     yield Check(
         "clock", -BEHIND < view.ahead < AHEAD, f"{abs(view.ahead):.0f} s {'ahead of' if view.ahead > 0 else 'behind'} "
         "the hub", "synchronise this machine's clock (NTP): the hub refuses signatures from another time",
@@ -184,9 +191,9 @@ def look_at_hub(site: SiteConfig) -> HubView:
             date = answer.headers.get("date")
     except httpx.HTTPError as error:
         raise _no_connection(site, error) from error
-    ahead = (now - parsedate_to_datetime(date)).total_seconds() if date else 0.0
     # the header gives whole seconds, cut off, so half of the last one is added
-    return HubView(answer.status_code, datetime.fromtimestamp(ssl.cert_time_to_seconds(ends), UTC), ahead - 0.5)
+    ahead = (now - parsedate_to_datetime(date)).total_seconds() - 0.5 if date else None
+    return HubView(answer.status_code, datetime.fromtimestamp(ssl.cert_time_to_seconds(ends), UTC), ahead)
 
 
 def _no_connection(site: SiteConfig, error: Exception) -> SiteError:

@@ -216,15 +216,14 @@ def listens(port: int) -> bool:
     return False
 
 
-def serve_tls(certificates: Path, host: str = "127.0.0.1", behind: float = 0.0) -> ThreadingHTTPServer:
-    """Something that looks like a hub, and whose clock is so many seconds behind that of this machine."""
+def serve_tls(certificates: Path, host: str = "127.0.0.1", behind: float | None = 0.0) -> ThreadingHTTPServer:
+    """Something that looks like a hub, whose clock is so many seconds behind that of this machine, or is not told."""
 
     class Health(BaseHTTPRequestHandler):
-        def date_time_string(self, timestamp: float | None = None) -> str:
-            return super().date_time_string(time.time() - behind)
-
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response_only(200)
+            if behind is not None:
+                self.send_header("date", self.date_time_string(time.time() - behind))
             self.send_header("content-length", "0")
             self.end_headers()
 

@@ -112,12 +112,21 @@ class Recipe(BaseModel):
         """The recipes of an ensemble's members by name.
 
         Raises:
-            RecipeError: A change names no key, or has an impossible value.
+            RecipeError: A change names no key, or has an impossible value; or two members are the same training.
         """
-        return {
+        recipes = {
             name: _changed(self.model_dump(mode="json", exclude={"members"}), {"name": name} | changes, name)
             for name, changes in self.members.items()
         }
+        twins: dict[str, str] = {}
+        for name, recipe in recipes.items():
+            first = twins.setdefault(recipe.model_copy(update={"name": ""}).digest, name)
+            if first != name:
+                raise RecipeError(
+                    f"the same training as {first}", where=name, expected="members that differ",
+                    todo=f"give it another seed: --set members.{name}.seed={recipe.seed + 1}",
+                )  # fmt: skip
+        return recipes
 
     @property
     def input_spec(self) -> InputSpec:

@@ -95,9 +95,10 @@ def site(*arguments: object) -> Result:
         (-600.0, r"failed clock: (599|600|601) s behind the hub\n +synchronise this machine's clock"),
         (2.0, r"ok     clock: [123] s ahead of the hub"),
         (-200.0, r"ok     clock: (199|200|201) s behind the hub"),
+        (None, "ok     clock: cannot be compared"),
     ],
 )
-def test_check_compares_the_clocks(fed: Federation, tmp_path: Path, ahead: float, line: str) -> None:
+def test_check_compares_the_clocks(fed: Federation, tmp_path: Path, ahead: float | None, line: str) -> None:
     server = serve_tls(fed.certificates, behind=ahead)
     folder = shutil.copytree(fed.folder / "site-a", tmp_path / "site", ignore=shutil.ignore_patterns("run", "state"))
     text = (folder / "site.yaml").read_text().replace(f"localhost:{fed.port}", f"localhost:{server.server_port}")

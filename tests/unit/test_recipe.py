@@ -116,6 +116,15 @@ def test_a_member_with_a_misspelt_key_is_named() -> None:
         recipe.member_recipes()
 
 
+def test_two_members_that_would_be_the_same_network_are_refused() -> None:
+    """With the seed of the whole set to that of a member, say."""
+    with pytest.raises(RecipeError, match="the same training as mobilenet-0") as caught:
+        load_recipe("ham10000-best", {"seed": 1}).member_recipes()
+    assert "--set members.mobilenet-1.seed=2" in str(caught.value)
+    other = load_recipe("ham10000-best", {"seed": 1, "members.mobilenet-1.seed": 2}).member_recipes()
+    assert [member.seed for member in other.values()] == [1, 2, 1]
+
+
 def test_the_student_looks_as_the_single_network_does() -> None:
     """So that it is as fast when it scores, and sees what its teacher sees."""
     single, student = load_recipe("ham10000-cpu"), load_recipe("ham10000-distilled")

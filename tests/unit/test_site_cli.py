@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,15 @@ def test_check_looks_at_everything_and_says_what_to_do(tmp_path: Path, authority
     done = run("check", "--site", tmp_path)
     assert [name for name, ok in lines(done).items() if not ok] == ["key", "least counts", "hub"]
     assert "chmod 600" in done.output
+
+
+def test_check_finds_a_public_key_that_is_another_sites(tmp_path: Path, authority: Path, shards: Path) -> None:
+    """The coordinator would register it, and refuse every message of this site."""
+    init(tmp_path / "site", authority, shards)
+    init(tmp_path / "other", authority, shards)
+    shutil.copy(tmp_path / "other" / "key.pub", tmp_path / "site" / "key.pub")
+    done = run("check", "--site", tmp_path / "site")
+    assert not lines(done)["key"] and "key.pub: not the public half of the key" in done.output
 
 
 def test_check_without_images_or_configuration(tmp_path: Path, authority: Path) -> None:
