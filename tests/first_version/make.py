@@ -44,12 +44,12 @@ def make(out: Path) -> None:
             storage.delete(out / "scored/pathways" / name)
         storage.delete(out / "scored/summary.html")
         inputs = pq.read_table(out / "scored/inputs.parquet")
-        places = [f"/work/images/{Path(uri).name}" for uri in inputs["uri"].to_pylist()]
+        places = [f"/data/images/{Path(uri).name}" for uri in inputs["uri"].to_pylist()]
         inputs = inputs.set_column(0, inputs.schema.field(0), pa.array(places))
         pq.write_table(inputs, out / "scored/inputs.parquet", compression="zstd")
         for name in ("plan.json", "summary.json"):
             path = out / "scored" / name
-            path.write_text(path.read_text().replace(json.dumps(folder)[1:-1], "/work"))
+            path.write_text(path.read_text().replace(json.dumps(folder)[1:-1], "/data"))
         store = JobStore(f"sqlite:///{work / 'jobs.sqlite'}")
         for number in (1, 2):
             store.add(id=f"b{number}", name="a.zip", source="/in/a.zip", patients=None, out="/out", model=MODEL,
