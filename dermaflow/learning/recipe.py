@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -172,13 +173,21 @@ def load_recipe(name_or_file: str, changes: dict[str, Any] | None = None) -> Rec
 
 
 def _changed(content: dict[str, Any], changes: dict[str, Any], where: str) -> Recipe:
-    """A recipe from keys and values, with changes on top."""
-    for key, value in changes.items():
+    """A recipe from keys and values, with changes on top: ``{"optim.lr": 0.1}`` or ``{"optim": {"lr": 0.1}}``."""
+    for key, value in _dotted(changes):
         _set(content, key, value)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError("; ".join(_explain(item) for item in error.errors()), where=where) from error
+
+
+def _dotted(changes: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in changes.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def _set(content: dict[str, Any], dotted: str, value: Any) -> None:

@@ -116,6 +116,14 @@ def test_a_member_with_a_misspelt_key_is_named() -> None:
         recipe.member_recipes()
 
 
+def test_one_key_of_a_member_is_changed_and_its_other_keys_stay() -> None:
+    recipe = load_recipe("ham10000-best", {"members.lite0-0.backbone.weights": "lite0.pth", "backbone.dropout": 0.4})
+    lite, first = recipe.member_recipes()["lite0-0"].backbone, recipe.member_recipes()["mobilenet-0"].backbone
+    assert (lite.name, lite.weights, lite.dropout) == ("efficientnet_lite0", "lite0.pth", 0.4)
+    assert (first.name, first.weights, first.dropout) == ("mobilenet_v2", "imagenet", 0.4)
+    assert load_recipe("ham10000-cpu", {"optim": {"lr": 0.1}}) == load_recipe("ham10000-cpu", {"optim.lr": 0.1})
+
+
 def test_two_members_that_would_be_the_same_network_are_refused() -> None:
     """With the seed of the whole set to that of a member, say."""
     with pytest.raises(RecipeError, match="the same training as mobilenet-0") as caught:
