@@ -145,6 +145,9 @@ def shipped_recipes() -> list[str]:
 def load_recipe(name_or_file: str, changes: dict[str, Any] | None = None) -> Recipe:
     """Load a shipped recipe by name or a YAML file, with changes on top.
 
+    ``base: RECIPE`` in a file stands for all keys of that recipe but its name and description; a base that is a file is
+    looked for beside it.
+
     Args:
         name_or_file: For instance ``ham10000-cpu`` or ``my/recipe.yaml``.
         changes: Dotted keys and values, as in ``{"optim.epochs": 3}``.
@@ -152,6 +155,13 @@ def load_recipe(name_or_file: str, changes: dict[str, Any] | None = None) -> Rec
     Raises:
         RecipeError: No such recipe, a misspelt key or an impossible value.
     """
+    return _changed(_read(name_or_file), changes or {}, name_or_file)
+
+
+def _read(name_or_file: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Keys and values of a recipe, on top of those of its `base`; `above` are the recipes whose base it is."""
+    if name_or_file in above:
+        raise RecipeError("is its own base", where=name_or_file, expected="a base that ends")
     file = Path(name_or_file)
     if file.suffix in (".yaml", ".yml"):
         if not file.is_file():
@@ -169,7 +179,14 @@ def load_recipe(name_or_file: str, changes: dict[str, Any] | None = None) -> Rec
         raise RecipeError(f"not YAML: {error}", where=name_or_file) from error
     if not isinstance(content, dict):
         raise RecipeError(f"a {type(content).__name__}", where=name_or_file, expected="keys and values")
-    return _changed(content, changes or {}, name_or_file)
+    if (base := content.pop("base", None)) is None:
+        return content
+    place = str(file.with_name(base)) if str(base).endswith((".yaml", ".yml")) else str(base)
+    below = _read(place, (*above, name_or_file))
+    below = {key: value for key, value in below.items() if key not in ("name", "description")}
+    for key, value in _dotted(content):
+        _set(below, key, value)
+    return below
 
 
 def _changed(content: dict[str, Any], changes: dict[str, Any], where: str) -> Recipe:
@@ -193,7 +210,9 @@ def _dotted(changes: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any
 def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
-        content = content.setdefault(parent, {})
+        if content.get(parent) is None:  # `distillation: null`, say
+            content[parent] = {}
+        content = content[parent]
         if not isinstance(content, dict):
             raise RecipeError(f"{parent!r} holds no keys", where=dotted, expected="a key such as optim.epochs")
     content[last] = value

@@ -116,6 +116,27 @@ def test_a_member_with_a_misspelt_key_is_named() -> None:
         recipe.member_recipes()
 
 
+def test_a_recipe_takes_from_its_base_what_it_does_not_say(tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text("name: first\nbase: ham10000-cpu\noptim: {epochs: 5}\n")
+    mine = load_recipe(write(tmp_path, base="first.yaml", optim={"lr": 0.1}, distillation={"weight": 0.5}))
+    usual = load_recipe("ham10000-cpu")
+    assert (mine.name, mine.description) == ("mine", "") and mine.distillation is not None
+    assert mine.optim == usual.optim.model_copy(update={"epochs": 5, "lr": 0.1})
+    assert (mine.input, mine.backbone, mine.augment) == (usual.input, usual.backbone, usual.augment)
+    (tmp_path / "nameless.yaml").write_text("base: ham10000-cpu\n")
+    with pytest.raises(RecipeError, match="name: Field required"):
+        load_recipe(str(tmp_path / "nameless.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [("mine.yaml", r"mine\.yaml: is its own base"), ("none.yaml", r"none\.yaml: no such file"), (3, "no recipe '3'")],
+)
+def test_a_base_that_cannot_be_read_is_named(tmp_path: Path, base: object, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path, base=base))
+
+
 def test_one_key_of_a_member_is_changed_and_its_other_keys_stay() -> None:
     recipe = load_recipe("ham10000-best", {"members.lite0-0.backbone.weights": "lite0.pth", "backbone.dropout": 0.4})
     lite, first = recipe.member_recipes()["lite0-0"].backbone, recipe.member_recipes()["mobilenet-0"].backbone
