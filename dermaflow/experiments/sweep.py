@@ -160,7 +160,7 @@ def run_trial(
     if (place / RECORD_NAME).exists():
         return place
     place.mkdir(parents=True, exist_ok=True)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
+    started = datetime.now(UTC).isoformat(timespec="milliseconds")  # two may start within a second
     torch.manual_seed(recipe.seed)
     network, history, device = fit_here(build(recipe.backbone), recipe, folder, place, on_step)
     meta = folder.metadata("train")

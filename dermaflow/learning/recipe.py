@@ -183,20 +183,23 @@ def _read(name_or_file: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         return content
     place = str(file.with_name(base)) if str(base).endswith((".yaml", ".yml")) else str(base)
     below = _read(place, (*above, name_or_file))
-    below = {key: value for key, value in below.items() if key not in ("name", "description")}
-    for key, value in _dotted(content):
-        _set(below, key, value)
-    return below
+    for key in ("name", "description"):
+        below.pop(key, None)
+    return _merged(below, content)
 
 
 def _changed(content: dict[str, Any], changes: dict[str, Any], where: str) -> Recipe:
     """A recipe from keys and values, with changes on top: ``{"optim.lr": 0.1}`` or ``{"optim": {"lr": 0.1}}``."""
-    for key, value in _dotted(changes):
-        _set(content, key, value)
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(_merged(content, changes))
     except ValidationError as error:
         raise RecipeError("; ".join(_explain(item) for item in error.errors()), where=where) from error
+
+
+def _merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    for key, value in _dotted(changes):
+        _set(content, key, value)
+    return content
 
 
 def _dotted(changes: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
