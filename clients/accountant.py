@@ -7,11 +7,8 @@ never hides a release.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -21,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from clients.policy import Refused
 from dermaflow import storage
 from dermaflow.errors import DermaflowError
+from dermaflow.locks import locked
 
 NAME = "privacy.json"
 ALPHAS = [1.1, 1.2, 1.3, 1.4, 1.5, 1.75, *range(2, 17), 20, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 512]
@@ -79,7 +77,7 @@ class Ledger:
         Raises:
             Refused: The limit would be passed; nothing is written.
         """
-        with self._alone():
+        with locked(self._path.with_suffix(".lock")):  # runs at the same time, each in a process of its own
             releases = [*self.releases(), release]
             found = epsilon(releases, delta)
             if limit is not None and found > limit:
@@ -92,14 +90,6 @@ class Ledger:
             text = json.dumps([item.model_dump() for item in releases], indent=1)
             storage.write_bytes(self._path, text.encode())
         return found
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Runs at the same time write one after the other, each in a process of its own."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.with_suffix(".lock").open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-            yield
 
 
 def epsilon(releases: list[Release], delta: float) -> float:

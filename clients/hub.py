@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ from clients.site_config import AUDIT_NAME
 from dermaflow import storage
 from dermaflow.audit import AuditLog
 from dermaflow.errors import DermaflowError
+from dermaflow.locks import is_locked, locked
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def run_hub(options: HubOptions) -> None:
     home = options.state / HOME
     home.mkdir(parents=True, exist_ok=True)
     go_offline(home)
-    with _locked(options.state / "hub.lock", "a hub"):
+    with locked(options.state / "hub.lock", HubError("a hub runs already", where=options.state, todo="stop it first")):
         _write_connection(options, home)
         secret = _secret(options.state / "secret")
         audit = AuditLog(options.state / AUDIT_NAME)
@@ -178,28 +178,6 @@ def _secret(path: Path) -> bytes:
     return path.read_bytes()
 
 
-@contextlib.contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
-    with path.open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HubError(f"{what} runs already", where=path.parent, todo="stop it first") from None
-        yield
-
-
-def is_locked(path: Path) -> bool:
-    """Whether the process that holds this lock lives."""
-    if not path.exists():
-        return False
-    with path.open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def _start_runs(options: HubOptions) -> subprocess.Popen[bytes] | None:
     """Start the process of the runs, unless that of a hub that crashed is still there and serves this one."""
     address, written = f"127.0.0.1:{options.admin_port}", options.state / "runs.json"
@@ -253,7 +231,8 @@ def serve_runs(state: Path, address: str, ca: Path) -> None:
                 last = time.monotonic()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with _locked(state / "runs.lock", "the process of the runs"):
+    busy = HubError("the process of the runs runs already", where=state, todo="stop it first")
+    with locked(state / "runs.lock", busy):
         storage.write_bytes(state / "runs.json", json.dumps({"pid": os.getpid(), "address": address}).encode())
         threading.Thread(target=watch, daemon=True, name="hub").start()
         run_superexec(

@@ -7,7 +7,6 @@ session before, for up to half a minute. So it is tried again, ever more slowly,
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from clients.site_config import AUDIT_NAME, SiteError, load_site
 from clients.supernode import SECRET_NAME, STATE_NAME
 from dermaflow import storage
 from dermaflow.audit import AuditLog
+from dermaflow.locks import is_locked, locked
 from dermaflow.ports import free_port
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,9 @@ def run_node(folder: str | Path, preload: Sequence[str] = PRELOAD) -> None:
             raise SiteError("no such file", where=file, todo="run dermaflow site check")
     stopped = threading.Event()
     audit = AuditLog(folder / AUDIT_NAME)
-    with _only_one(folder), _log_file(folder) as output, _signals(stopped):
+    busy = SiteError("this site has joined already", where=folder, todo="run dermaflow site leave")
+    with locked(folder / LOCK_NAME, busy), _log_file(folder) as output, _signals(stopped):
+        storage.write_bytes(folder / NODE_NAME, json.dumps({"pid": os.getpid(), "started": time.time()}).encode())
         _write_secret(folder / SECRET_NAME)
         (folder / STATE_NAME).unlink(missing_ok=True)
         audit.append("node started", site=site.name)
@@ -163,14 +165,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 def running(folder: Path) -> int | None:
     """Process id of the node of this folder, or None if none runs."""
     try:
-        with (folder / LOCK_NAME).open("rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(json.loads((folder / NODE_NAME).read_text())["pid"])
+        return int(json.loads((folder / NODE_NAME).read_text())["pid"]) if is_locked(folder / LOCK_NAME) else None
     except (OSError, ValueError, KeyError):
         return None
-    return None
 
 
 def stop_node(folder: Path, timeout: float = 3 * PATIENCE) -> bool:
@@ -191,18 +188,6 @@ def stop_node(folder: Path, timeout: float = 3 * PATIENCE) -> bool:
             raise SiteError(f"process {pid} does not end", where=folder, todo=f"end it: kill -9 {pid}")
         time.sleep(0.1)
     return True
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    (folder / LOCK_NAME).parent.mkdir(exist_ok=True)
-    with (folder / LOCK_NAME).open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SiteError("this site has joined already", where=folder, todo="run dermaflow site leave") from None
-        storage.write_bytes(folder / NODE_NAME, json.dumps({"pid": os.getpid(), "started": time.time()}).encode())
-        yield
 
 
 @contextlib.contextmanager

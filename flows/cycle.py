@@ -16,7 +16,6 @@ A turn that is cut off is continued by the next run with the same images, labels
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -33,6 +32,7 @@ from dermaflow.bundles.registry import Registry, Version
 from dermaflow.datasets.growth import unlearnt
 from dermaflow.errors import RegistryError, StorageError
 from dermaflow.evaluation.challenge import Verdict
+from dermaflow.locks import locked
 from dermaflow.preparation.reading import ShardFolder
 from dermaflow.schemas.finding import FINDING_SCHEMA
 from dermaflow.scoring.landing import lesion_of, read_landing
@@ -170,14 +170,8 @@ def alone(out: Path) -> Iterator[None]:
     Raises:
         StorageError: Another run is at work in it.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lifecycle.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StorageError(
-                "another run is at work here", where=out, todo="wait until it ends; Prefect's page shows it"
-            ) from None
+    busy = StorageError("another run is at work here", where=out, todo="wait until it ends; Prefect's page shows it")
+    with locked(out / "lifecycle.lock", busy):
         yield
 
 

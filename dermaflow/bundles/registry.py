@@ -14,12 +14,11 @@ another by then; on an object store, which has no lock, this is checked right be
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dermaflow import storage
 from dermaflow.bundles.bundle import parse_bundle, read_description, read_files, write_files
 from dermaflow.errors import BundleError, RegistryError
+from dermaflow.locks import locked
 from dermaflow.schemas.bundle import BUNDLE_NAME, DIGEST_NAME, Bundle
 
 log = logging.getLogger(__name__)
@@ -319,15 +319,11 @@ class Registry:
         added = storage.info(self._place(version, DIGEST_NAME)).mtime
         return Version(version, sha256, added.astimezone(UTC), bundle, version == champion)
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> AbstractContextManager[None]:
         """Keep every other promotion of a local registry waiting until the block ends."""
         if storage.is_remote(self.uri) or not Path(self.uri).is_dir():
-            yield
-            return
-        with Path(self.uri, "promotion.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file gives it free, and so does the end of the process
-            yield
+            return nullcontext()
+        return locked(Path(self.uri, "promotion.lock"))
 
     def _expect(self, instead_of: str | None) -> str | None:
         """The champion's id; raises RegistryError where another was expected."""

@@ -26,6 +26,7 @@ from dermaflow.learning.inference import predict
 from dermaflow.learning.local import fit_here
 from dermaflow.learning.recipe import Recipe, load_recipe
 from dermaflow.learning.train import StepProgress, versions
+from dermaflow.locks import is_locked, locked
 from dermaflow.preparation.reading import ShardFolder, labels_of
 from dermaflow.settings import settings
 from dermaflow.taxonomy import CODES
@@ -137,7 +138,8 @@ def run_trial(
 ) -> Path:
     """Train without the fold that the recipe holds out, predict that fold, and write both down.
 
-    A trial that was run before is left as it is; one that was cut off goes on after its last epoch.
+    A trial that was run before is left as it is; one that another sweep runs is waited for; one that was cut off goes
+    on after its last epoch.
 
     Args:
         recipe: With a validation fold.
@@ -157,9 +159,16 @@ def run_trial(
         raise RecipeError("holds no fold out", where=recipe.name, expected="validation_fold")
     folder = ShardFolder(shards)
     place = trial_folder(recipe, folder, out)
-    if (place / RECORD_NAME).exists():
-        return place
-    place.mkdir(parents=True, exist_ok=True)
+    lock = place / "trial.lock"
+    if is_locked(lock):
+        log.info("waiting for another sweep that runs %s", place)
+    with locked(lock):
+        if not (place / RECORD_NAME).exists():
+            _run(recipe, folder, place, on_step)
+    return place
+
+
+def _run(recipe: Recipe, folder: ShardFolder, place: Path, on_step: StepProgress) -> None:
     started = datetime.now(UTC).isoformat(timespec="milliseconds")  # two may start within a second
     torch.manual_seed(recipe.seed)
     network, history, device = fit_here(build(recipe.backbone), recipe, folder, place, on_step)
@@ -180,7 +189,6 @@ def run_trial(
     storage.write_bytes(place / RECORD_NAME, record.model_dump_json(indent=1).encode())
     for checkpoint in place.glob("*.pt"):
         checkpoint.unlink()
-    return place
 
 
 def run_sweep(

@@ -20,6 +20,7 @@ from dermaflow.learning.calibration import calibrate_and_save
 from dermaflow.learning.ensemble import join_models
 from dermaflow.learning.local import class_counts, fit_here
 from dermaflow.learning.recipe import Recipe
+from dermaflow.locks import locked
 from dermaflow.preparation.reading import ShardFolder, labels_of
 from dermaflow.schemas.bundle import Bundle, TrainingRecord
 
@@ -57,7 +58,7 @@ def train(
         DataError: The training or the calibration split is empty.
         RecipeError: A teacher without ``distillation``, or the other way round.
         BundleError: The teacher is damaged, or was trained from other data.
-        CheckpointError: The checkpoints beside `out` belong to another recipe or other data.
+        CheckpointError: The checkpoints beside `out` belong to another recipe, other data or a run that is at work.
     """
     if recipe.members:
         return _train_members(shards, recipe, out, weights=weights, teacher=teacher, workers=workers, on_step=on_step)
@@ -71,27 +72,31 @@ def train(
     torch.manual_seed(recipe.seed)
     network = build(recipe.backbone.model_copy(update={"weights": str(weights)}) if weights else recipe.backbone)
     checkpoints = out.absolute().with_name(out.name + ".checkpoints")
-    started = datetime.now(UTC)
-    if workers is None:
-        network, history, device = fit_here(network, recipe, folder, checkpoints, on_step, master)
-    else:
-        from dermaflow.learning.cluster import fit_on_cluster  # a hospital site has no Ray
+    busy = CheckpointError(
+        "another run trains this model", where=checkpoints, todo="wait until it ends, or train into another --out"
+    )
+    with locked(checkpoints / "train.lock", busy):
+        started = datetime.now(UTC)
+        if workers is None:
+            network, history, device = fit_here(network, recipe, folder, checkpoints, on_step, master)
+        else:
+            from dermaflow.learning.cluster import fit_on_cluster  # a hospital site has no Ray
 
-        network, history, device = fit_on_cluster(network, recipe, folder, checkpoints, workers, master)
-    record = TrainingRecord(
-        recipe_name=recipe.name, recipe=recipe.model_dump(mode="json"), recipe_hash=recipe.digest, seed=recipe.seed,
-        data_hash=folder.manifest.data_hash, started=started.isoformat(timespec="seconds"),
-        seconds=sum(entry["seconds"] for entry in history),  # also those before the run was cut off
-        epochs=len(history), device=device, workers=workers or 1, history=history,
-        initial_weights=recipe.backbone.weights, versions=versions(),
-        teacher=master.sha256 if master else None,
-    )  # fmt: skip
-    bundle = Bundle(
-        name=recipe.name, backbone=recipe.backbone.name, input=recipe.input_spec, dropout=recipe.backbone.dropout,
-        train_priors=(counts / counts.sum()).tolist(), training=record,
-    )  # fmt: skip
-    calibrate_and_save(network, bundle, folder, out)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+            network, history, device = fit_on_cluster(network, recipe, folder, checkpoints, workers, master)
+        record = TrainingRecord(
+            recipe_name=recipe.name, recipe=recipe.model_dump(mode="json"), recipe_hash=recipe.digest, seed=recipe.seed,
+            data_hash=folder.manifest.data_hash, started=started.isoformat(timespec="seconds"),
+            seconds=sum(entry["seconds"] for entry in history),  # also those before the run was cut off
+            epochs=len(history), device=device, workers=workers or 1, history=history,
+            initial_weights=recipe.backbone.weights, versions=versions(),
+            teacher=master.sha256 if master else None,
+        )  # fmt: skip
+        bundle = Bundle(
+            name=recipe.name, backbone=recipe.backbone.name, input=recipe.input_spec, dropout=recipe.backbone.dropout,
+            train_priors=(counts / counts.sum()).tolist(), training=record,
+        )  # fmt: skip
+        calibrate_and_save(network, bundle, folder, out)
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return load_bundle(out)
 
 

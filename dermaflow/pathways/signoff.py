@@ -14,7 +14,6 @@ an entry is still found.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dermaflow import storage
 from dermaflow.errors import SignOffError
+from dermaflow.locks import locked
 from dermaflow.schemas.pathway import Pathway, SignOff
 
 LOG_NAME, HEAD_NAME, LOCK_NAME = "audit.jsonl", "audit.head.json", "audit.lock"
@@ -233,8 +233,7 @@ def open_log(folder: Path) -> Iterator[AuditLog]:
     """
     if not folder.is_dir():
         raise SignOffError("no such folder", where=folder, expected="a folder that `dermaflow recommend` wrote")
-    with (folder / LOCK_NAME).open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file gives it free
+    with locked(folder / LOCK_NAME):
         yield AuditLog(folder)
 
 

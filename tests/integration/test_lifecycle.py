@@ -462,7 +462,7 @@ def test_killed_while_it_trains(server: Server, ward: Ward) -> None:
     before = len((server.folder / "said.txt").read_text(errors="replace"))
     process = server.python("flows", "lifecycle", *words)
     try:
-        until(lambda: list(model.parent.glob("model.checkpoints/*")), 300, "an epoch is done")
+        until(lambda: list(model.parent.glob("model.checkpoints/*.pt")), 300, "an epoch is done")
     finally:
         process.kill()
         process.wait()

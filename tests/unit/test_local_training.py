@@ -119,6 +119,19 @@ train(sys.argv[1], Recipe.model_validate_json(sys.argv[2]), Path(sys.argv[3]), o
     assert not (tmp_path / "bundle.checkpoints").exists()
 
 
+def test_two_runs_do_not_train_one_model_at_once(shards: Path, tmp_path: Path) -> None:
+    out, refused = tmp_path / "bundle", []
+
+    def begin_another(*progress: object) -> None:
+        with pytest.raises(CheckpointError, match="another run trains this model") as error:
+            train(shards, RECIPE, out)
+        refused.append(error.value)
+
+    loaded = train(shards, RECIPE, out, on_step=begin_another)
+    assert refused and loaded.bundle.training.epochs == 4
+    assert not (tmp_path / "bundle.checkpoints").exists()
+
+
 def test_a_checkpoint_of_another_recipe_or_none_at_all_is_refused(shards: Path, tmp_path: Path) -> None:
     class Stop(Exception):
         pass

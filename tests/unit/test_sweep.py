@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from typer.testing import CliRunner
 
 from dermaflow.cli.main import app
 from dermaflow.errors import DataError, RecipeError
-from dermaflow.experiments.sweep import Record, load_sweep, run_sweep, run_trial, trial_folder
+from dermaflow.experiments.sweep import RECORD_NAME, Record, load_sweep, run_sweep, run_trial, trial_folder
 from dermaflow.experiments.table import compare, compare_sources, write_runs
 from dermaflow.preparation.reading import ShardFolder, labels_of
 from dermaflow.taxonomy import CODES
@@ -145,6 +147,24 @@ def test_a_trial_that_was_cut_off_ends_like_one_that_was_not(file: Path, shards:
         *(pd.read_parquet(folder / "predictions.parquet") for folder in (whole, place)), rtol=1e-4
     )
     torch.set_num_threads(threads)
+
+
+def test_a_trial_that_another_sweep_runs_is_waited_for(
+    file: Path, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep = load_sweep(file)
+    recipe = sweep.recipe_of(*sweep.trials[0])
+    others: list[Future[Path]] = []
+    with ThreadPoolExecutor(1) as pool, caplog.at_level("INFO"):
+
+        def begin_another(*progress: object) -> None:
+            if not others:
+                others.append(pool.submit(run_trial, recipe, shards, tmp_path, lambda *p: pytest.fail("trained twice")))
+                while "waiting for another sweep" not in caplog.text:
+                    time.sleep(0.01)
+
+        place = run_trial(recipe, shards, tmp_path, begin_another)
+        assert others[0].result(60) == place and (place / RECORD_NAME).exists()
 
 
 def test_figures_are_those_of_scikit_learn_and_differences_are_paired(file: Path, shards: str, out: Path) -> None:
