@@ -55,7 +55,7 @@ def train(
         on_step: Called as the work goes on (in this process only).
 
     Raises:
-        DataError: The training or the calibration split is empty.
+        DataError: The training or the calibration split is empty, or no image is in the validation fold.
         RecipeError: A teacher without ``distillation``, or the other way round.
         BundleError: The teacher is damaged, or was trained from other data.
         CheckpointError: The checkpoints beside `out` belong to another recipe, other data or a run that is at work.
@@ -66,6 +66,7 @@ def train(
     for split in ("train", "calibration"):
         if not folder.manifest.counts[split]:
             raise DataError(f"no {split} image", where=shards, todo="prepare a larger data set")
+    folder.held_out(recipe.validation_fold)  # a fold that is not there is said before anything is written
     counts = class_counts(labels_of(folder.metadata("train")["dx"]))
     master = load_teacher(teacher, recipe, folder.manifest.data_hash)
     recipe = recipe.starting_from(weights)
