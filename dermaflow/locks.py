@@ -7,7 +7,7 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-from dermaflow.errors import DermaflowError
+from dermaflow.errors import DermaflowError, StorageError
 
 
 @contextlib.contextmanager
@@ -17,6 +17,9 @@ def locked(path: Path, busy: DermaflowError | None = None) -> Iterator[None]:
     Args:
         path: A local file, made with its folder where there is none, and left there.
         busy: Raised where the lock is held already; None waits until it is free.
+
+    Raises:
+        StorageError: The file system keeps no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
@@ -25,6 +28,11 @@ def locked(path: Path, busy: DermaflowError | None = None) -> Iterator[None]:
         except BlockingIOError:
             assert busy is not None
             raise busy from None
+        except OSError as error:
+            raise StorageError(
+                f"cannot be locked: {error.strerror}", where=path, expected="a file system that keeps locks",
+                todo="choose a folder on another disk, or mount this one with them (Lustre: -o flock)",
+            ) from error  # fmt: skip
         yield
 
 

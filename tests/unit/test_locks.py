@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +56,13 @@ def test_an_error_in_the_block_gives_it_free(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), locked(lock):
         raise ZeroDivisionError
     assert not is_locked(lock)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*how: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    said = r"lock: cannot be locked: No locks available; expected a file system"
+    with pytest.raises(StorageError, match=said), locked(tmp_path / "lock"):
+        pytest.fail("not locked")
