@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from dermaflow.datasets.images import decode, small_copy
+from dermaflow.datasets.images import decode, dimensions, small_copy
 from dermaflow.schemas.bundle import Copies, InputSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -18,7 +18,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def pixels(data: bytes, height: int, width: int, copies: Copies | None = None) -> np.ndarray:
-    """Decode an image and bring it to size: scaled to cover, centre cropped, never distorted.
+    """Decode an image and bring it to size: scaled to cover, centre cropped, never distorted; mirrored at its diagonal
+    where it `lies_across`.
 
     Args:
         data: Encoded image.
@@ -32,9 +33,11 @@ def pixels(data: bytes, height: int, width: int, copies: Copies | None = None) -
     Raises:
         ImageProblem: The bytes are no readable image.
     """
+    across = lies_across(data, height, width)
     if copies is not None:
-        data = small_copy(data, copies.height, copies.width, copies.quality)
-    image = decode(data, height, width)
+        least = (copies.width, copies.height) if across else (copies.height, copies.width)
+        data = small_copy(data, *least, copies.quality)
+    image = decode(data, width, height).transpose(1, 0, 2) if across else decode(data, height, width)
     found_height, found_width = image.shape[:2]
     scale = min(found_height / height, found_width / width)
     # Cropped first, so that a strip one pixel high is not blown up whole; rounded up, because libjpeg's sizes are.
@@ -46,6 +49,19 @@ def pixels(data: bytes, height: int, width: int, copies: Copies | None = None) -
         planes = interpolate(planes, size=(height, width), mode="bilinear", antialias=True)
         image = planes[0].permute(1, 2, 0).numpy()
     return np.ascontiguousarray(image)
+
+
+def lies_across(data: bytes, height: int, width: int) -> bool:
+    """Whether an image stands upright and a network's input lies, or the other way round.
+
+    Such an image is mirrored at its diagonal, so that no half of it is cropped: a lesion has no top, and networks learn
+    from turned and mirrored images.
+
+    Raises:
+        ImageProblem: Empty, too large, or no image.
+    """
+    found_width, found_height = dimensions(data)
+    return (found_height - found_width) * (height - width) < 0
 
 
 def pixel_batch(images: Sequence[bytes], height: int, width: int, copies: Copies | None = None) -> np.ndarray:

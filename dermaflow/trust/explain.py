@@ -21,7 +21,7 @@ from dermaflow.datasets.images import decode
 from dermaflow.errors import BundleError, DataError
 from dermaflow.learning.backbones import JOIN, Bodies, Network
 from dermaflow.learning.inference import predict
-from dermaflow.preparation.transforms import normalise, pixels
+from dermaflow.preparation.transforms import lies_across, normalise, pixels
 from dermaflow.schemas.bundle import InputSpec
 from dermaflow.schemas.finding import Finding
 from dermaflow.scoring.predictor import Predictor
@@ -54,7 +54,7 @@ class Explanation:
     Attributes:
         finding: The answer.
         diagnosis: Code of the class that the map is about; None, like the rest, unless the finding is ``ok``.
-        heat: float32 [H, W] in 0..1, over the part of the image that the network sees.
+        heat: float32 [H, W] in 0..1, over the part of the image that the network sees, as the image stands.
         overlay: PNG of image and map, with `LABEL` under it.
         neighbours: Nearest training lesions, the nearest first; empty where the model keeps no reference.
     """
@@ -94,12 +94,14 @@ def explain(
     seen = pixels(image, bundle.input.height, bundle.input.width, bundle.input.copies)
     heat = grad_cam(predictor.network, bundle.backbone, seen, bundle.input, INDEX[code])
     _, features = predict(predictor.network, seen[None], bundle.input)
-    width = round(OVERLAY_HEIGHT * bundle.input.width / bundle.input.height)
+    picture = pixels(image, OVERLAY_HEIGHT, round(OVERLAY_HEIGHT * bundle.input.width / bundle.input.height))
+    if lies_across(image, bundle.input.height, bundle.input.width):  # shown as it stands
+        heat, picture = heat.T, picture.transpose(1, 0, 2)
     return Explanation(
         finding,
         code,
         heat,
-        overlay(pixels(image, OVERLAY_HEIGHT, width), heat),
+        overlay(picture, heat),
         tuple(nearest_lesions(features[0], reference, neighbours)) if reference is not None else (),
     )
 

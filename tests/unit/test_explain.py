@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import spearmanr
-from tiny_data import prepare_here
+from tiny_data import encode, prepare_here
 from torch import nn
 from typer.testing import CliRunner
 
 from dermaflow.bundles.bundle import LoadedBundle, load_bundle
 from dermaflow.cli.main import app
+from dermaflow.datasets.images import decode
 from dermaflow.datasets.synthetic.generate import generate
 from dermaflow.errors import BundleError, DataError
 from dermaflow.learning.backbones import BackboneConfig, Network, build
@@ -151,6 +152,18 @@ def test_an_image_that_cannot_be_assessed_is_not_explained(loaded) -> None:
 def assessable(loaded: LoadedBundle, images: dict[str, bytes]) -> str:
     found = Predictor(loaded).predict(list(images.values()), list(images))
     return next(finding.image_id for finding in found if finding.status == "ok")
+
+
+def test_an_upright_image_is_explained_as_it_stands(loaded, test_images) -> None:
+    predictor = Predictor(loaded)
+    picture = decode(test_images[assessable(loaded, test_images)], 150, 200)
+    lying, upright = (
+        explain(predictor, encode(turned, "PNG"), "lesion") for turned in (picture, picture.transpose(1, 0, 2))
+    )
+    assert upright.diagnosis == lying.diagnosis is not None and lying.heat.max() > 0
+    np.testing.assert_allclose(upright.heat, lying.heat.T, atol=1e-5)
+    lies, stands = (np.asarray(Image.open(io.BytesIO(found.overlay)))[: -module._STRIP] for found in (lying, upright))
+    np.testing.assert_allclose(stands.astype(int), lies.transpose(1, 0, 2), atol=1)
 
 
 def test_the_command_writes_finding_map_and_neighbours(loaded, data, test_images, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from dermaflow.learning.recipe import Recipe, SizeConfig
 from dermaflow.preparation.balancing import BalanceConfig, balance
 from dermaflow.preparation.reading import ShardFolder, decode_group
 from dermaflow.preparation.transforms import IMAGENET_MEAN, IMAGENET_STD, normalise, pixel_batch, pixels
-from dermaflow.schemas.bundle import InputSpec
+from dermaflow.schemas.bundle import Copies, InputSpec
 from dermaflow.schemas.shard import SPLITS
 
 SPEC = InputSpec(height=24, width=32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -81,6 +81,20 @@ def test_what_is_cropped_is_what_surrounds_the_centre() -> None:
     wide[:, 68:132] = noise(2)  # the middle 64 columns
     np.testing.assert_array_equal(pixels(encode(wide), 48, 64), noise(2))
     np.testing.assert_array_equal(pixels(encode(wide.transpose(1, 0, 2)), 64, 48), noise(2).transpose(1, 0, 2))
+
+
+def test_an_upright_image_is_laid_on_its_side_and_nothing_of_it_is_lost() -> None:
+    picture = noise(7, 480, 640)
+    lying, upright = encode(picture), encode(picture.transpose(1, 0, 2))
+    for size in ((48, 64), (144, 192)):
+        np.testing.assert_array_equal(pixels(upright, *size), pixels(lying, *size))
+        turned = pixels(lying, *size).transpose(1, 0, 2)
+        np.testing.assert_allclose(pixels(lying, *size[::-1]).astype(int), turned, atol=1)  # rows or columns first
+    copies = Copies(height=150, width=200, quality=75)
+    difference = np.abs(pixels(upright, 144, 192, copies).astype(int) - pixels(lying, 144, 192, copies))
+    assert difference.mean() < 1, "of 255: JPEG of the one or of the other"
+    as_it_stands = pixels(lying, 64, 64).transpose(1, 0, 2)
+    np.testing.assert_allclose(pixels(upright, 64, 64).astype(int), as_it_stands, atol=1)
 
 
 def test_a_circle_stays_a_circle() -> None:
