@@ -16,8 +16,7 @@ A turn that is cut off is continued by the next run with the same images, labels
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -163,16 +162,14 @@ class Turn:
         return Decision.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
+def alone(out: Path) -> AbstractContextManager[None]:
     """Keep every other run out of the folder until the block ends.
 
     Raises:
         StorageError: Another run is at work in it.
     """
     busy = StorageError("another run is at work here", where=out, todo="wait until it ends; Prefect's page shows it")
-    with locked(out / "lifecycle.lock", busy):
-        yield
+    return locked(out / "lifecycle.lock", busy)
 
 
 def take_turn(out: Path, landing: str, data: Path, shards: str, registry: str, site: str) -> Turn:
