@@ -20,7 +20,9 @@ MAX_BYTES = 64 << 20
 """Largest encoded image read, in bytes."""
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 _CHROMA_420 = 2  # as Pillow numbers it
-_LONGEST_SIDE = 65_500  # pixels of a JPEG, by libjpeg
+MAX_STRETCH = 4 / 3
+"""How far an image of another shape is stretched before it is cropped; a network of 4:3 sees squares and 16:9 whole.
+Measured on HAM10000 (docs/experiments.md, "Squares and wide pictures")."""
 
 Reason = Literal["empty", "too_many_bytes", "too_many_pixels", "not_an_image", "truncated"]
 
@@ -85,30 +87,52 @@ def decode(data: bytes, min_height: int, min_width: int) -> np.ndarray:
     return _decode_with_pillow(data)
 
 
+def shown_part(found_height: int, found_width: int, height: int, width: int) -> tuple[float, float]:
+    """The part of an image, around its centre, that is brought to another shape: stretched by `MAX_STRETCH` at most.
+
+    Args:
+        found_height: Of the image, in pixels.
+        found_width: Of the image.
+        height: Wanted height in pixels.
+        width: Wanted width.
+
+    Returns:
+        Rows and columns of the image, of which there may be fractions.
+    """
+    least = min(found_height / height, found_width / width) * MAX_STRETCH
+    return min(found_height, height * least), min(found_width, width * least)
+
+
 def small_copy(data: bytes, height: int, width: int, quality: int) -> bytes:
     """A JPEG copy as archives of thumbnails hold them: bicubic, 4:2:0, by Pillow.
 
     Args:
         data: Encoded image.
-        height: Least height of the copy in pixels; its shape stays.
-        width: Least width.
+        height: Height of the copy in pixels; an image of another shape is stretched and cropped (`shown_part`).
+        width: Width of the copy.
         quality: Of libjpeg, 1 to 100.
 
     Returns:
-        The copy; an image that is no larger, or too long for a JPEG, comes back as it is.
+        The copy; an image that is no larger comes back as it is.
 
     Raises:
         ImageProblem: Empty, too large, no image, or cut short.
     """
     found_width, found_height = dimensions(data)
-    scale = max(height / found_height, width / found_width)
-    size = (round(found_width * scale), round(found_height * scale))
-    if scale >= 1 or max(size) > _LONGEST_SIDE:
+    if found_height <= height or found_width <= width:
         return data
-    image = Image.fromarray(decode(data, 3 * height, 3 * width))  # libjpeg shrinks by another filter: leave it little
+    image = decode(data, 3 * height, 3 * width)  # libjpeg shrinks by another filter: leave it little
     copy = io.BytesIO()
-    image.resize(size, Image.Resampling.BICUBIC).save(copy, "JPEG", quality=quality)
+    resized(image, height, width, Image.Resampling.BICUBIC).save(copy, "JPEG", quality=quality)
     return copy.getvalue()
+
+
+def resized(image: np.ndarray, height: int, width: int, how: Image.Resampling) -> Image.Image:
+    """The `shown_part` of an image (uint8 [H, W, 3]), brought to size by one of Pillow's filters."""
+    found_height, found_width = image.shape[:2]
+    rows, columns = shown_part(found_height, found_width, height, width)
+    top, left = (found_height - rows) / 2, (found_width - columns) / 2
+    return Image.fromarray(image).resize((width, height), how, box=(left, top, left + columns, top + rows))
 
 
 def jpeg_quality(data: bytes) -> int | None:

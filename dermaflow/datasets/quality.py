@@ -1,8 +1,8 @@
 """Is this a dermoscopy image that a model can be asked about? Answered from the pixels, before any network.
 
-Every image is first brought to the same 150 x 200 pixels (covered and centre-cropped, as the networks see it), so that
-HAM10000 as published (600x450) and its smaller copies are judged alike. Nine measures are taken inside the circle that
-the dark corners of a lens leave free, and each is held against a threshold.
+Every image is first brought to the same 150 x 200 pixels (laid on its side, stretched and cropped as for a network), so
+that HAM10000 as published (600x450) and its smaller copies are judged alike. Nine measures are taken inside the circle
+that the dark corners of a lens leave free, and each is held against a threshold.
 
 The thresholds are quantiles of the 6,509 images of HAM10000's training split (seed 0, 200x150), so that each measure
 by itself objects to about one or two in a thousand real images; ``bench/trust.py --fit-quality`` prints them again.
@@ -18,6 +18,8 @@ from typing import Literal
 import cv2
 import numpy as np
 from PIL import Image
+
+from dermaflow.datasets.images import resized, shown_part
 
 cv2.setNumThreads(1)  # images are spread over the cores, not the rows of one
 
@@ -150,16 +152,15 @@ def measure(image: np.ndarray) -> Measures:
 
 
 def _working_size(image: np.ndarray) -> np.ndarray:
-    """Covered and centre-cropped to `HEIGHT` x `WIDTH`, each pixel the mean of those it stands for."""
+    """The image at `HEIGHT` x `WIDTH`, laid on its side where it stands; each pixel the mean of those it stands for."""
+    if image.shape[0] > image.shape[1]:
+        image = np.ascontiguousarray(image.transpose(1, 0, 2))
     height, width = image.shape[:2]
     if (height, width) == (HEIGHT, WIDTH):
         return image
-    scale = min(height / HEIGHT, width / WIDTH)
-    rows, columns = HEIGHT * scale, WIDTH * scale
-    top, left = (height - rows) / 2, (width - columns) / 2
-    box = (left, top, left + columns, top + rows)
-    how = Image.Resampling.BOX if scale >= 2 else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(image).resize((WIDTH, HEIGHT), how, box=box))
+    rows, columns = shown_part(height, width, HEIGHT, WIDTH)
+    how = Image.Resampling.BOX if min(rows / HEIGHT, columns / WIDTH) >= 2 else Image.Resampling.BICUBIC
+    return np.asarray(resized(image, HEIGHT, WIDTH, how))
 
 
 def _smooth(plane: np.ndarray, sigma: int) -> np.ndarray:

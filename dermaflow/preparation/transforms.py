@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from dermaflow.datasets.images import decode, dimensions, small_copy
+from dermaflow.datasets.images import decode, dimensions, shown_part, small_copy
 from dermaflow.schemas.bundle import Copies, InputSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -18,8 +18,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def pixels(data: bytes, height: int, width: int, copies: Copies | None = None) -> np.ndarray:
-    """Decode an image and bring it to size: scaled to cover, centre cropped, never distorted; mirrored at its diagonal
-    where it `lies_across`.
+    """Decode an image and bring it to size: of another shape it is stretched a little and, beyond that, cropped
+    (`shown_part`); mirrored at its diagonal where it `lies_across`.
 
     Args:
         data: Encoded image.
@@ -39,9 +39,8 @@ def pixels(data: bytes, height: int, width: int, copies: Copies | None = None) -
         data = small_copy(data, *least, copies.quality)
     image = decode(data, width, height).transpose(1, 0, 2) if across else decode(data, height, width)
     found_height, found_width = image.shape[:2]
-    scale = min(found_height / height, found_width / width)
     # Cropped first, so that a strip one pixel high is not blown up whole; rounded up, because libjpeg's sizes are.
-    rows, columns = math.ceil(height * scale - 1e-6), math.ceil(width * scale - 1e-6)
+    rows, columns = (math.ceil(part - 1e-6) for part in shown_part(found_height, found_width, height, width))
     top, left = (found_height - rows) // 2, (found_width - columns) // 2
     image = image[top : top + rows, left : left + columns]
     if (rows, columns) != (height, width):

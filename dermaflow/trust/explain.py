@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from dermaflow.datasets.images import decode
+from dermaflow.datasets.images import decode, dimensions, shown_part
 from dermaflow.errors import BundleError, DataError
 from dermaflow.learning.backbones import JOIN, Bodies, Network
 from dermaflow.learning.inference import predict
@@ -94,7 +94,7 @@ def explain(
     seen = pixels(image, bundle.input.height, bundle.input.width, bundle.input.copies)
     heat = grad_cam(predictor.network, bundle.backbone, seen, bundle.input, INDEX[code])
     _, features = predict(predictor.network, seen[None], bundle.input)
-    picture = pixels(image, OVERLAY_HEIGHT, round(OVERLAY_HEIGHT * bundle.input.width / bundle.input.height))
+    picture = _picture(image, bundle.input)
     if lies_across(image, bundle.input.height, bundle.input.width):  # shown as it stands
         heat, picture = heat.T, picture.transpose(1, 0, 2)
     return Explanation(
@@ -104,6 +104,16 @@ def explain(
         overlay(picture, heat),
         tuple(nearest_lesions(features[0], reference, neighbours)) if reference is not None else (),
     )
+
+
+def _picture(image: bytes, spec: InputSpec) -> np.ndarray:
+    """What the network sees of an image, not stretched, `OVERLAY_HEIGHT` pixels high: uint8 [H, W, 3]."""
+    found_width, found_height = dimensions(image)
+    if lies_across(image, spec.height, spec.width):
+        found_height, found_width = found_width, found_height
+    rows, columns = shown_part(found_height, found_width, spec.height, spec.width)
+    seen = pixels(image, OVERLAY_HEIGHT, round(OVERLAY_HEIGHT * spec.width / spec.height))
+    return np.asarray(Image.fromarray(seen).resize((round(OVERLAY_HEIGHT * columns / rows), OVERLAY_HEIGHT)))
 
 
 def grad_cam(network: Network, backbone: str, image: np.ndarray, spec: InputSpec, target: int) -> np.ndarray:

@@ -166,6 +166,14 @@ def test_an_upright_image_is_explained_as_it_stands(loaded, test_images) -> None
     np.testing.assert_allclose(stands.astype(int), lies.transpose(1, 0, 2), atol=1)
 
 
+@pytest.mark.parametrize(("shape", "shown"), [((300, 300), 1.0), ((270, 480), 16 / 9), ((200, 600), 16 / 9)])
+def test_a_picture_of_another_shape_is_shown_as_it_is_and_not_stretched(loaded, test_images, shape, shown) -> None:
+    picture = Image.open(io.BytesIO(test_images[assessable(loaded, test_images)])).resize(shape[::-1])
+    found = explain(Predictor(loaded), encode(np.asarray(picture), "PNG"), "lesion")
+    height, width = np.asarray(Image.open(io.BytesIO(found.overlay))).shape[:2]
+    assert width / (height - module._STRIP) == pytest.approx(shown, rel=0.01)
+
+
 def test_the_command_writes_finding_map_and_neighbours(loaded, data, test_images, tmp_path: Path) -> None:
     image_id = assessable(loaded, test_images)
     file = tmp_path / f"{image_id}.jpg"

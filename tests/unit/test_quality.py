@@ -86,6 +86,16 @@ def test_the_size_of_the_picture_does_not_matter(lesions: list[np.ndarray]) -> N
         assert large.sharpness == pytest.approx(small.sharpness, rel=0.12)
 
 
+def test_a_square_picture_is_judged_as_a_whole_and_an_upright_one_as_it_would_lie(lesions: list[np.ndarray]) -> None:
+    for image in lesions[:10]:
+        lying = np.asarray(Image.fromarray(image).resize((600, 450), Image.Resampling.BICUBIC))
+        square = np.asarray(Image.fromarray(image).resize((600, 600), Image.Resampling.BICUBIC))
+        whole, squeezed = measure(lying), measure(square)
+        assert squeezed.offset == pytest.approx(whole.offset, abs=0.02)
+        assert squeezed.contrast == pytest.approx(whole.contrast, abs=0.02)
+        assert measure(lying.transpose(1, 0, 2)) == whole
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 400), (400, 3), (150, 200), (97, 331)])
 def test_any_shape_gives_an_answer(shape: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)

@@ -33,17 +33,18 @@ def encode(picture: np.ndarray, kind: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("size", [(72, 96), (96, 128), (144, 192), (224, 224), (100, 300)])
-def test_scaled_decoding_equals_decoding_and_resizing(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "rows"), [((72, 96), 450), ((96, 128), 450), ((144, 192), 450), ((224, 224), 450), ((100, 300), 800 / 3)]
+)
+def test_scaled_decoding_equals_decoding_and_resizing(size: tuple[int, int], rows: float) -> None:
+    """Of 4:3 a square input sees all, one of 3:1 the middle 800/3 rows, which is 9:4."""
     picture = noise(0, 450, 600)
     data = encode(picture, "JPEG")
     full = decode(data, 450, 600)
     assert full.shape == (450, 600, 3) and decode(data, *size).shape <= full.shape
     height, width = size
-    scale = min(450 / height, 600 / width)
-    rows, columns = height * scale, width * scale
-    left, top = max(0, (600 - columns) / 2), max(0, (450 - rows) / 2)
-    box = (left, top, 600 - left, 450 - top)
+    top = (450 - rows) / 2
+    box = (0, top, 600, 450 - top)
     expected = Image.fromarray(full).resize((width, height), Image.Resampling.BILINEAR, box=box)
     difference = np.abs(pixels(data, *size).astype(int) - np.asarray(expected, int))
     assert difference.mean() < 1.5 and difference.max() <= 8, "of 255"
@@ -77,10 +78,25 @@ def test_a_strip_of_one_pixel_is_not_blown_up() -> None:
 
 
 def test_what_is_cropped_is_what_surrounds_the_centre() -> None:
-    wide = np.zeros((48, 200, 3), np.uint8)
-    wide[:, 68:132] = noise(2)  # the middle 64 columns
-    np.testing.assert_array_equal(pixels(encode(wide), 48, 64), noise(2))
-    np.testing.assert_array_equal(pixels(encode(wide.transpose(1, 0, 2)), 64, 48), noise(2).transpose(1, 0, 2))
+    """Of a picture wider than 16:9, the middle of that shape is shown."""
+    wide = np.zeros((48, 300, 3), np.uint8)
+    wide[:, 107:193] = noise(2, 48, 86)  # 48 rows and 48 * 16/9 columns around the centre
+    shown = encode(wide[:, 107:193])
+    np.testing.assert_allclose(pixels(encode(wide), 48, 64).astype(int), pixels(shown, 48, 64), atol=1)
+    np.testing.assert_allclose(
+        pixels(encode(wide.transpose(1, 0, 2)), 48, 64).astype(int), pixels(shown, 48, 64), atol=1
+    )
+
+
+@pytest.mark.parametrize("size", [(192, 192), (108, 192), (128, 192), (160, 192)])
+def test_a_picture_of_another_shape_is_shown_whole(size: tuple[int, int]) -> None:
+    """A square one and one of 16:9, and what lies between: corner markers stay in the corners."""
+    picture = np.zeros((*size, 3), np.uint8)
+    for rows in (slice(12), slice(-12, None)):
+        for columns in (slice(12), slice(-12, None)):
+            picture[rows, columns] = 255
+    found = pixels(encode(picture), 48, 64)[:, :, 0]
+    assert found[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 250 and found.mean() < 20, "four white corners, black between"
 
 
 def test_an_upright_image_is_laid_on_its_side_and_nothing_of_it_is_lost() -> None:
@@ -97,11 +113,12 @@ def test_an_upright_image_is_laid_on_its_side_and_nothing_of_it_is_lost() -> Non
     np.testing.assert_allclose(pixels(upright, 64, 64).astype(int), as_it_stands, atol=1)
 
 
-def test_a_circle_stays_a_circle() -> None:
-    rows, columns = np.mgrid[:300, :500]
-    disc = ((rows - 150) ** 2 + (columns - 250) ** 2 < 100**2).astype(np.uint8) * 255
+@pytest.mark.parametrize(("width", "stretched"), [(400, 1.0), (300, 4 / 3), (450, 8 / 9), (800, 3 / 4)])
+def test_a_circle_is_stretched_by_a_third_at_most(width: int, stretched: float) -> None:
+    rows, columns = np.mgrid[:300, :width]
+    disc = ((rows - 150) ** 2 + (columns - width / 2) ** 2 < 100**2).astype(np.uint8) * 255
     found = pixels(encode(np.repeat(disc[:, :, None], 3, axis=2)), 96, 128)[:, :, 0] > 127
-    assert abs(int(found.any(axis=1).sum()) - 64) <= 1 and abs(int(found.any(axis=0).sum()) - 64) <= 1
+    assert abs(int(found.any(axis=1).sum()) - 64) <= 1 and abs(int(found.any(axis=0).sum()) - 64 * stretched) <= 1
 
 
 def test_normalise() -> None:
