@@ -12,6 +12,7 @@ import simplejpeg
 from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
 
+from dermaflow.datasets.framing import field_of_view, lies_across, resized
 from dermaflow.errors import DataError
 
 MAX_PIXELS = 60_000_000
@@ -20,9 +21,6 @@ MAX_BYTES = 64 << 20
 """Largest encoded image read, in bytes."""
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 _CHROMA_420 = 2  # as Pillow numbers it
-MAX_STRETCH = 4 / 3
-"""How far an image of another shape is stretched before it is cropped; a network of 4:3 sees squares and 16:9 whole.
-Measured on HAM10000 (docs/experiments.md, "Squares and wide pictures")."""
 
 Reason = Literal["empty", "too_many_bytes", "too_many_pixels", "not_an_image", "truncated"]
 
@@ -87,20 +85,23 @@ def decode(data: bytes, min_height: int, min_width: int) -> np.ndarray:
     return _decode_with_pillow(data)
 
 
-def shown_part(found_height: int, found_width: int, height: int, width: int) -> tuple[float, float]:
-    """The part of an image, around its centre, that is brought to another shape: stretched by `MAX_STRETCH` at most.
+def decode_field(data: bytes, min_height: int, min_width: int) -> np.ndarray:
+    """`decode`, and of a picture through a round lens, or with black bars, the `field_of_view` alone.
 
-    Args:
-        found_height: Of the image, in pixels.
-        found_width: Of the image.
-        height: Wanted height in pixels.
-        width: Wanted width.
-
-    Returns:
-        Rows and columns of the image, of which there may be fractions.
+    The field has at least the wanted size, unless it has not in the image itself.
     """
-    least = min(found_height / height, found_width / width) * MAX_STRETCH
-    return min(found_height, height * least), min(found_width, width * least)
+    image = decode(data, min_height, min_width)
+    height, width = image.shape[:2]
+    rows, columns = field_of_view(image)
+    if (rows, columns) == (slice(0, height), slice(0, width)):
+        return image
+    finer_height = -(-min_height * height // (rows.stop - rows.start))
+    finer_width = -(-min_width * width // (columns.stop - columns.start))
+    image = decode(data, finer_height, finer_width)
+    down, along = image.shape[0] / height, image.shape[1] / width
+    top, bottom = round(rows.start * down), round(rows.stop * down)
+    left, right = round(columns.start * along), round(columns.stop * along)
+    return np.ascontiguousarray(image[top:bottom, left:right])
 
 
 def small_copy(data: bytes, height: int, width: int, quality: int) -> bytes:
@@ -108,8 +109,8 @@ def small_copy(data: bytes, height: int, width: int, quality: int) -> bytes:
 
     Args:
         data: Encoded image.
-        height: Height of the copy in pixels; an image of another shape is stretched and cropped (`shown_part`).
-        width: Width of the copy.
+        height: Height of the copies in pixels; an image of another shape is stretched and cropped (`shown_part`).
+        width: Width of the copies; the copy of an image that lies across stands as that does.
         quality: Of libjpeg, 1 to 100.
 
     Returns:
@@ -118,21 +119,21 @@ def small_copy(data: bytes, height: int, width: int, quality: int) -> bytes:
     Raises:
         ImageProblem: Empty, too large, no image, or cut short.
     """
-    found_width, found_height = dimensions(data)
-    if found_height <= height or found_width <= width:
+    if not _larger(dimensions(data), (height, width)):
         return data
-    image = decode(data, 3 * height, 3 * width)  # libjpeg shrinks by another filter: leave it little
+    image = decode_field(data, 3 * height, 3 * width)  # libjpeg shrinks by another filter: leave it little
+    found_height, found_width = image.shape[:2]
+    if not _larger((found_height, found_width), (height, width)):
+        return data
+    if lies_across(found_height, found_width, height, width):
+        height, width = width, height
     copy = io.BytesIO()
     resized(image, height, width, Image.Resampling.BICUBIC).save(copy, "JPEG", quality=quality)
     return copy.getvalue()
 
 
-def resized(image: np.ndarray, height: int, width: int, how: Image.Resampling) -> Image.Image:
-    """The `shown_part` of an image (uint8 [H, W, 3]), brought to size by one of Pillow's filters."""
-    found_height, found_width = image.shape[:2]
-    rows, columns = shown_part(found_height, found_width, height, width)
-    top, left = (found_height - rows) / 2, (found_width - columns) / 2
-    return Image.fromarray(image).resize((width, height), how, box=(left, top, left + columns, top + rows))
+def _larger(sides: tuple[int, int], others: tuple[int, int]) -> bool:
+    return min(sides) > min(others) and max(sides) > max(others)
 
 
 def jpeg_quality(data: bytes) -> int | None:

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dermaflow.datasets.images import resized, shown_part
+from dermaflow.datasets.framing import resized, shown_part
 
 cv2.setNumThreads(1)  # images are spread over the cores, not the rows of one
 
@@ -106,7 +106,7 @@ def quality_flags(image: np.ndarray) -> list[Flag]:
     """What speaks against asking a model about this image.
 
     Args:
-        image: uint8 [H, W, 3], RGB, of any size.
+        image: uint8 [H, W, 3], RGB, of any size, without the black surround of a lens (`decode_field`).
 
     Returns:
         Flags in the order of `FLAGS`; empty for a usable image.

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from dermaflow.datasets.images import decode, dimensions, shown_part, small_copy
+from dermaflow.datasets.framing import lies_across, shown_part
+from dermaflow.datasets.images import decode_field, dimensions, small_copy
 from dermaflow.schemas.bundle import Copies, InputSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -18,8 +19,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def pixels(data: bytes, height: int, width: int, copies: Copies | None = None) -> np.ndarray:
-    """Decode an image and bring it to size: of another shape it is stretched a little and, beyond that, cropped
-    (`shown_part`); mirrored at its diagonal where it `lies_across`.
+    """Decode an image and bring it to size: without the black surround of a lens (`field_of_view`), mirrored at its
+    diagonal where it `lies_across`, stretched a little and, beyond that, cropped (`shown_part`).
 
     Args:
         data: Encoded image.
@@ -33,12 +34,15 @@ def pixels(data: bytes, height: int, width: int, copies: Copies | None = None) -
     Raises:
         ImageProblem: The bytes are no readable image.
     """
-    across = lies_across(data, height, width)
     if copies is not None:
-        least = (copies.width, copies.height) if across else (copies.height, copies.width)
-        data = small_copy(data, *least, copies.quality)
-    image = decode(data, width, height).transpose(1, 0, 2) if across else decode(data, height, width)
+        data = small_copy(data, copies.height, copies.width, copies.quality)
+    found_width, found_height = dimensions(data)
+    across = lies_across(found_height, found_width, height, width)
+    image = decode_field(data, width, height) if across else decode_field(data, height, width)
     found_height, found_width = image.shape[:2]
+    if lies_across(found_height, found_width, height, width):
+        image = image.transpose(1, 0, 2)
+        found_height, found_width = found_width, found_height
     # Cropped first, so that a strip one pixel high is not blown up whole; rounded up, because libjpeg's sizes are.
     rows, columns = (math.ceil(part - 1e-6) for part in shown_part(found_height, found_width, height, width))
     top, left = (found_height - rows) // 2, (found_width - columns) // 2
@@ -48,19 +52,6 @@ def pixels(data: bytes, height: int, width: int, copies: Copies | None = None) -
         planes = interpolate(planes, size=(height, width), mode="bilinear", antialias=True)
         image = planes[0].permute(1, 2, 0).numpy()
     return np.ascontiguousarray(image)
-
-
-def lies_across(data: bytes, height: int, width: int) -> bool:
-    """Whether an image stands upright and a network's input lies, or the other way round.
-
-    Such an image is mirrored at its diagonal, so that no half of it is cropped: a lesion has no top, and networks learn
-    from turned and mirrored images.
-
-    Raises:
-        ImageProblem: Empty, too large, or no image.
-    """
-    found_width, found_height = dimensions(data)
-    return (found_height - found_width) * (height - width) < 0
 
 
 def pixel_batch(images: Sequence[bytes], height: int, width: int, copies: Copies | None = None) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dermaflow.bundles.bundle import LoadedBundle
-from dermaflow.datasets.images import ImageProblem, decode
+from dermaflow.datasets.images import ImageProblem, decode_field
 from dermaflow.datasets.quality import FLAG_TEXT, HEIGHT, WIDTH, Flag, quality_flags
 from dermaflow.errors import BundleError, DataError
 from dermaflow.learning.inference import network_of
@@ -125,7 +125,7 @@ def image_flags(data: bytes) -> list[Flag]:
     Raises:
         ImageProblem: The bytes are no readable image.
     """
-    return quality_flags(decode(data, HEIGHT, WIDTH))
+    return quality_flags(decode_field(data, HEIGHT, WIDTH))
 
 
 def _read(data: bytes, spec: InputSpec) -> tuple[np.ndarray, list[Flag]] | ImageProblem:

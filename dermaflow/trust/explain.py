@@ -17,11 +17,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from dermaflow.datasets.images import decode, dimensions, shown_part
+from dermaflow.datasets.framing import lies_across, shown_part
+from dermaflow.datasets.images import decode, decode_field
 from dermaflow.errors import BundleError, DataError
 from dermaflow.learning.backbones import JOIN, Bodies, Network
 from dermaflow.learning.inference import predict
-from dermaflow.preparation.transforms import lies_across, normalise, pixels
+from dermaflow.preparation.transforms import normalise, pixels
 from dermaflow.schemas.bundle import InputSpec
 from dermaflow.schemas.finding import Finding
 from dermaflow.scoring.predictor import Predictor
@@ -29,7 +30,7 @@ from dermaflow.taxonomy import INDEX, parse_diagnosis
 from dermaflow.trust.ood import Neighbour, nearest_lesions
 
 LABEL = "where the model looked, no evidence about the lesion"
-OVERLAY_HEIGHT = 432  # pixels of the picture under the label
+OVERLAY_SIDE = 432  # pixels of the shorter side of the picture under the label
 _STRIP = 28  # pixels of the label
 _PICTURE = 160  # pixels, height of a neighbour's picture
 
@@ -94,8 +95,8 @@ def explain(
     seen = pixels(image, bundle.input.height, bundle.input.width, bundle.input.copies)
     heat = grad_cam(predictor.network, bundle.backbone, seen, bundle.input, INDEX[code])
     _, features = predict(predictor.network, seen[None], bundle.input)
-    picture = _picture(image, bundle.input)
-    if lies_across(image, bundle.input.height, bundle.input.width):  # shown as it stands
+    picture, across = _picture(image, bundle.input)
+    if across:  # shown as it stands
         heat, picture = heat.T, picture.transpose(1, 0, 2)
     return Explanation(
         finding,
@@ -106,14 +107,20 @@ def explain(
     )
 
 
-def _picture(image: bytes, spec: InputSpec) -> np.ndarray:
-    """What the network sees of an image, not stretched, `OVERLAY_HEIGHT` pixels high: uint8 [H, W, 3]."""
-    found_width, found_height = dimensions(image)
-    if lies_across(image, spec.height, spec.width):
-        found_height, found_width = found_width, found_height
-    rows, columns = shown_part(found_height, found_width, spec.height, spec.width)
-    seen = pixels(image, OVERLAY_HEIGHT, round(OVERLAY_HEIGHT * spec.width / spec.height))
-    return np.asarray(Image.fromarray(seen).resize((round(OVERLAY_HEIGHT * columns / rows), OVERLAY_HEIGHT)))
+def _picture(image: bytes, spec: InputSpec) -> tuple[np.ndarray, bool]:
+    """What the network sees of an image, laid as its input and not stretched, and whether the image lies across that.
+
+    uint8 [H, W, 3]; the shorter side has `OVERLAY_SIDE` pixels.
+    """
+    field = decode_field(image, OVERLAY_SIDE, OVERLAY_SIDE)
+    height, width = field.shape[:2]
+    across = lies_across(height, width, spec.height, spec.width)
+    if across:
+        field, height, width = np.ascontiguousarray(field.transpose(1, 0, 2)), width, height
+    rows, columns = shown_part(height, width, spec.height, spec.width)
+    box = ((width - columns) / 2, (height - rows) / 2, (width + columns) / 2, (height + rows) / 2)
+    scale = OVERLAY_SIDE / min(rows, columns)
+    return np.asarray(Image.fromarray(field).resize((round(columns * scale), round(rows * scale)), box=box)), across
 
 
 def grad_cam(network: Network, backbone: str, image: np.ndarray, spec: InputSpec, target: int) -> np.ndarray:
