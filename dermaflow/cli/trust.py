@@ -53,8 +53,8 @@ def calibrate(
 @command
 def explain(
     image: Annotated[Path, typer.Argument(help="A dermoscopy image.")],
-    model: Annotated[str, typer.Option(help="Model bundle, local or s3://.")],
     out: Annotated[Path, typer.Option(help="Folder for finding.json, heat.npy, overlay.png, neighbours.png.")],
+    model: Annotated[str, typer.Option(help="'champion', another version of the registry, or a bundle.")] = "champion",
     shards: Annotated[str | None, typer.Option(help="Shards with the pictures of the nearest lesions.")] = None,
     diagnosis: Annotated[str | None, typer.Option(help="Class to look at; default the predicted one.")] = None,
 ) -> None:
@@ -67,13 +67,14 @@ def explain(
     from dermaflow import storage
     from dermaflow.bundles.bundle import load_bundle
     from dermaflow.preparation.reading import ShardFolder
+    from dermaflow.scoring.planning import resolve_model
     from dermaflow.scoring.predictor import Predictor
     from dermaflow.trust.explain import LABEL, neighbour_sheet
     from dermaflow.trust.explain import explain as run
 
     if not image.is_file():
         raise DataError("no such image", where=image, expected="a JPEG, PNG, BMP or WebP file")
-    found = run(Predictor(load_bundle(model)), image.read_bytes(), image.stem, diagnosis=diagnosis)
+    found = run(Predictor(load_bundle(resolve_model(model).uri)), image.read_bytes(), image.stem, diagnosis=diagnosis)
     finding = found.finding
     report = {
         "finding": finding.model_dump(),

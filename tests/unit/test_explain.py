@@ -195,6 +195,17 @@ def test_the_command_writes_finding_map_and_neighbours(loaded, data, test_images
     assert [entry["distance"] for entry in near] == sorted(entry["distance"] for entry in near)
 
 
+def test_where_nothing_was_trained_the_model_that_comes_along_explains(
+    test_images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DERMAFLOW_REGISTRY", str(tmp_path / "registry"))
+    file = tmp_path / "lesion.jpg"
+    file.write_bytes(next(iter(test_images.values())))
+    result = CliRunner().invoke(app, ["explain", str(file), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "finding.json").read_text())["finding"]["status"] in ("ok", "not_assessable")
+
+
 def test_the_command_says_when_there_is_no_image(data: Path, loaded, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["explain", "gone.jpg", "--model", str(data / "model"), "--out", str(tmp_path)])
     assert result.exit_code == 1
