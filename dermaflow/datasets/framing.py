@@ -50,8 +50,8 @@ def field_of_view(image: np.ndarray) -> tuple[slice, slice]:
     else:
         return whole  # no lens: a dark lesion at the edge, or no picture at all
     return (
-        slice(rows.start * step, min(rows.stop * step, height)),
-        slice(columns.start * step, min(columns.stop * step, width)),
+        slice(rows.start * step, (rows.stop - 1) * step + 1),
+        slice(columns.start * step, (columns.stop - 1) * step + 1),
     )
 
 
@@ -65,14 +65,17 @@ def _from_the_edges(black: np.ndarray) -> np.ndarray:
 
 
 def _shrinking(surround: np.ndarray) -> Iterator[tuple[slice, slice]]:
-    """Ever smaller parts around the centre of what is not surround, from all of it to `_SMALLEST` of its sides."""
+    """Ever smaller parts around the centre of what is not surround, to `_SMALLEST` of its sides.
+
+    The first is a hundredth smaller at each side, so that no dark line is left where black bars end.
+    """
     sides = []
     for axis in (1, 0):
         lit = np.flatnonzero((~surround).mean(axis) > 0.05)  # more than a scale or letters in the black
         if not lit.size:
             return
         sides.append((int(lit[0]), int(lit[-1]) + 1))
-    for share in np.arange(1, _SMALLEST - 1e-6, -0.02):
+    for share in np.arange(0.98, _SMALLEST - 1e-6, -0.02):
         rows, columns = (
             slice(round(first + cut), max(round(last - cut), round(first + cut) + 1))
             for first, last in sides

@@ -85,8 +85,10 @@ def test_bars_are_taken_off_and_what_is_left_is_laid(height: int, width: int) ->
     picture = bright(height, width)
     square = np.zeros((200, 200, 3), np.uint8)
     square[(200 - height) // 2 :, (200 - width) // 2 :][:height, :width] = picture
-    difference = np.abs(pixels(encode(square, "PNG"), 48, 64).astype(int) - pixels(encode(picture, "PNG"), 48, 64))
-    assert difference.mean() < 6, "of 255: the cut is made to a hundredth of the picture"
+    found, expected = (pixels(encode(each, "PNG"), 48, 64).astype(int) for each in (square, picture))
+    assert np.abs(found - expected).mean() < 6, "of 255: the cut is made to a hundredth of the picture"
+    for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
+        assert found[edge].mean() > expected[edge].mean() - 10, "no dark line is left"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
