@@ -76,11 +76,8 @@ def _shrinking(surround: np.ndarray) -> Iterator[tuple[slice, slice]]:
             return
         sides.append((int(lit[0]), int(lit[-1]) + 1))
     for share in np.arange(0.98, _SMALLEST - 1e-6, -0.02):
-        rows, columns = (
-            slice(round(first + cut), max(round(last - cut), round(first + cut) + 1))
-            for first, last in sides
-            for cut in [(1 - share) * (last - first) / 2]
-        )
+        cuts = [round((1 - share) / 2 * (last - first)) for first, last in sides]
+        rows, columns = (slice(first + cut, last - cut) for (first, last), cut in zip(sides, cuts, strict=True))
         yield rows, columns
 
 
