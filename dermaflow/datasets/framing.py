@@ -12,7 +12,7 @@ from PIL import Image
 
 MAX_STRETCH = 4 / 3
 """How far a picture is stretched before it is cropped; a network of 4:3 sees squares and 16:9 whole."""
-_BLACK = 0.12 * 255
+_DARK = 0.12 * 255
 """Luminance below which a pixel may belong to the surround."""
 _ORDINARY = 0.15
 """Share of a picture that may be surround: dark corners, which networks know, take a tenth of HAM10000's at most."""
@@ -36,12 +36,12 @@ def field_of_view(image: np.ndarray) -> tuple[slice, slice]:
     height, width = image.shape[:2]
     whole = slice(0, height), slice(0, width)
     step = -(-max(height, width) // _SAMPLES)
-    black = image[::step, ::step] @ _LUMINANCE < _BLACK
-    corner = max(1, min(black.shape) // 16)
+    samples = image[::step, ::step]
+    corner = max(1, min(samples.shape[:2]) // 16)
     ends = slice(corner), slice(-corner, None)
-    if not all(black[rows, columns].mean() > 0.9 for rows in ends for columns in ends):
+    if not all(_black(samples[rows, columns]).mean() > 0.9 for rows in ends for columns in ends):
         return whole
-    surround = _from_the_edges(black)
+    surround = _from_the_edges(_black(samples))
     if surround.mean() <= _ORDINARY:
         return whole
     for rows, columns in _shrinking(surround):
@@ -53,6 +53,10 @@ def field_of_view(image: np.ndarray) -> tuple[slice, slice]:
         slice(rows.start * step, (rows.stop - 1) * step + 1),
         slice(columns.start * step, (columns.stop - 1) * step + 1),
     )
+
+
+def _black(pixels: np.ndarray) -> np.ndarray:
+    return pixels @ _LUMINANCE < _DARK
 
 
 def _from_the_edges(black: np.ndarray) -> np.ndarray:
