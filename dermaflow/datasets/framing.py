@@ -21,7 +21,7 @@ _LEFT = 0.02
 _SMALLEST = 0.7
 """Of a round field, the sides of what is looked at over its diameter, at least: those of the square that fits in."""
 _SAMPLES = 128  # along the longer side
-_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
+LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
 def field_of_view(image: np.ndarray) -> tuple[slice, slice]:
@@ -56,7 +56,7 @@ def field_of_view(image: np.ndarray) -> tuple[slice, slice]:
 
 
 def _black(pixels: np.ndarray) -> np.ndarray:
-    return pixels @ _LUMINANCE < _DARK
+    return pixels @ LUMINANCE < _DARK
 
 
 def _from_the_edges(black: np.ndarray) -> np.ndarray:

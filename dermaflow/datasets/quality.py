@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dermaflow.datasets.framing import resized, shown_part
+from dermaflow.datasets.framing import LUMINANCE, lies_across, resized, shown_part
 
 cv2.setNumThreads(1)  # images are spread over the cores, not the rows of one
 
@@ -37,7 +37,6 @@ FLAG_TEXT: dict[Flag, str] = {
 HEIGHT, WIDTH = 150, 200
 """Working size, pixels: that of the smallest copy of HAM10000, which the thresholds were fitted on."""
 
-_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _RADIUS = 0.48
 """Of the circle that is looked at, image heights: dark corners begin at about half of the height."""
 
@@ -123,7 +122,7 @@ def _beyond(value: float, limit: Limit) -> bool:
 def measure(image: np.ndarray) -> Measures:
     """Take every measure of an image; arguments as in `quality_flags`."""
     red, green, blue = cv2.split(_working_size(image).astype(np.float32) / 255)
-    light = _LUMINANCE[0] * red + _LUMINANCE[1] * green + _LUMINANCE[2] * blue
+    light = LUMINANCE[0] * red + LUMINANCE[1] * green + LUMINANCE[2] * blue
     highest, lowest = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
     circle = _circle()
     blurred = [_smooth(light, sigma) for sigma in (1, 2, 4)]
@@ -153,9 +152,9 @@ def measure(image: np.ndarray) -> Measures:
 
 def _working_size(image: np.ndarray) -> np.ndarray:
     """The image at `HEIGHT` x `WIDTH`, laid on its side where it stands; each pixel the mean of those it stands for."""
-    if image.shape[0] > image.shape[1]:
-        image = np.ascontiguousarray(image.transpose(1, 0, 2))
     height, width = image.shape[:2]
+    if lies_across(height, width, HEIGHT, WIDTH):
+        image, height, width = np.ascontiguousarray(image.transpose(1, 0, 2)), width, height
     if (height, width) == (HEIGHT, WIDTH):
         return image
     rows, columns = shown_part(height, width, HEIGHT, WIDTH)

@@ -21,9 +21,7 @@ def through_a_lens(picture: np.ndarray, radius: float, height: int, width: int) 
     lit = np.hypot(rows[:, None], columns[None, :]) < radius
     top, left = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
     black = np.zeros((height, width, 3), np.uint8)
-    black[max(top, 0) : max(top, 0) + picture.shape[0], max(left, 0) : max(left, 0) + picture.shape[1]] = np.where(
-        lit[:, :, None], picture, 0
-    )
+    black[top:, left:][: picture.shape[0], : picture.shape[1]] = np.where(lit[:, :, None], picture, 0)
     return black
 
 
